@@ -1,0 +1,1 @@
+"""DeepSeek-V3's hardware-aware co-design in JAX: the model, its training and its parallelism."""

@@ -1,0 +1,161 @@
+"""The mesh is the hardware, and this is the only table from logical axes to mesh axes.
+
+Mesh axes, slowest first:
+
+    pipe       pipeline stages
+    data       replicas of the expert-parallel group
+    scale_out  nodes or slices, joined by the slow network (InfiniBand, DCN)
+    scale_up   devices of one node or slice, joined by the fast network (NVLink, ICI)
+
+A batch is split over data, scale_out and scale_up alike. Experts are split over (scale_out, scale_up), so the groups
+of the node-limited router are the scale_out index. No tensor parallelism (paper 1, section 4.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import ConfigError, MeshConfig
+
+AXES = ("pipe", "data", "scale_out", "scale_up")
+BATCH_AXES = ("data", "scale_out", "scale_up")
+EXPERT_AXES = ("scale_out", "scale_up")
+
+# Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
+# first that divides takes an axis (ZeRO). `COMPUTE` lays out weights while they are used: only experts stay apart.
+COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES, "layer": ("pipe",)}
+STORAGE: dict[str, tuple[str, ...]] = COMPUTE | {
+    name: BATCH_AXES for name in ("embed", "vocab", "heads", "latent", "mlp")}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all), with scale_up inside one fast domain.
+
+    Raises:
+      ConfigError: too few devices, devices left over, or scale_up that straddles fast domains.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    fixed = config.pipe * config.scale_out * config.scale_up
+    data = config.data or max(1, len(devices) // fixed)
+    shape = (config.pipe, data, config.scale_out, config.scale_up)
+    needed = math.prod(shape)
+    if needed > len(devices):
+        raise ConfigError(
+            f"mesh pipe*data*scale_out*scale_up ({'*'.join(map(str, shape))}={needed}) needs more than the "
+            f"{len(devices)} {devices[0].platform} device(s) found: make an axis smaller"
+            + (f", or add --mesh.simulate-devices {needed} to split the CPU" if devices[0].platform == "cpu" else ""))
+    if needed < len(devices):
+        raise ConfigError(f"mesh pipe*data*scale_out*scale_up ({'*'.join(map(str, shape))}={needed}) leaves "
+                          f"{len(devices) - needed} of {len(devices)} devices idle: leave mesh.data unset, or make "
+                          "the axes' product equal the number of devices")
+    return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _fast_domain(device: Any) -> int:
+    """Which group of devices joined by the fast network `device` is in: its slice, or else its host."""
+    slice_index = getattr(device, "slice_index", None)
+    return device.process_index if slice_index is None else slice_index
+
+
+def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    domains: dict[int, list[Any]] = {}
+    for device in sorted(devices, key=lambda d: (_fast_domain(d), d.id)):
+        domains.setdefault(_fast_domain(device), []).append(device)
+    size = len(devices) // len(domains)
+    if any(len(members) != size for members in domains.values()):
+        raise ConfigError(f"fast domains (hosts or slices) have unequal sizes "
+                          f"{sorted(len(members) for members in domains.values())}: use equal hosts")
+    # Domains are spent on the slow axes first: scale_out, then data, then pipe.
+    outer, left = [1] * len(shape), len(domains)
+    for axis in (2, 1, 0):
+        outer[axis] = math.gcd(shape[axis], left)
+        left //= outer[axis]
+    if left != 1:
+        raise ConfigError(f"mesh.scale_up ({shape[3]}) does not fit inside one fast domain of {size} devices: "
+                          f"make it divide {size}")
+    inner = tuple(whole // out for whole, out in zip(shape, outer, strict=True))
+    blocks = np.empty(tuple(outer), dtype=object)
+    for index, members in zip(np.ndindex(*outer), domains.values(), strict=True):
+        on_torus = members[0].platform == "tpu"
+        blocks[index] = (mesh_utils.create_device_mesh(inner, members) if on_torus
+                         else np.array(members, dtype=object).reshape(inner))
+    return np.block(blocks.tolist())
+
+
+def partition_spec(axes: Sequence[str], shape: Sequence[int], table: dict[str, tuple[str, ...]],
+                   mesh: Any) -> PartitionSpec:
+    """How a value of `shape` with logical `axes` is laid out on `mesh` by `table`.
+
+    A value with one more dimension than names is a stack of layers. Each dimension takes the longest run of its mesh
+    axes that are still free and whose product divides it; what does not divide stays whole.
+    """
+    names = ("layer", *axes) if len(shape) == len(axes) + 1 else tuple(axes)
+    if len(names) != len(shape):
+        raise ValueError(f"axes {tuple(axes)} do not name the dimensions of shape {tuple(shape)}")
+    used: set[str] = set()
+    spec: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        taken: list[str] = []
+        for axis in table.get(name, ()):
+            share = mesh.shape[axis]
+            if axis not in used and share > 1 and size % (share * math.prod(mesh.shape[a] for a in taken)) == 0:
+                taken.append(axis)
+        used.update(taken)
+        spec.append(tuple(taken) or None)
+    return PartitionSpec(*spec)
+
+
+def shardings(state: Any, mesh: Mesh, table: dict[str, tuple[str, ...]] = STORAGE) -> Any:
+    """`NamedSharding`s for a tree of `nnx.Variable`s, each with `axes` metadata; the same tree structure."""
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        spec = partition_spec(variable.get_metadata("axes"), variable.get_value().shape, table, mesh)
+        return variable.replace(NamedSharding(mesh, spec))
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Sharding of an array whose dimension number `leading` is the batch."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first dimension of `x` split over the batch axes; nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gather_for_compute(state: Any) -> Any:
+    """`state` (variables with `axes` metadata) laid out for use; gradients go back in the storage layout.
+
+    The forward all-gathers what ZeRO spread; the backward asks for the spread layout at once, so that the compiler
+    emits a reduce-scatter rather than an all-reduce and a slice.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        value, axes = variable.get_value(), variable.get_metadata("axes")
+        compute = partition_spec(axes, value.shape, COMPUTE, mesh)
+        storage = partition_spec(axes, value.shape, STORAGE, mesh)
+        return variable.replace(_relayout(value, compute, storage))
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relayout(x: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+_relayout.defvjp(lambda x, forward, backward: (_relayout(x, forward, backward), None),
+                 lambda forward, backward, _, g: (jax.lax.with_sharding_constraint(g, backward),))

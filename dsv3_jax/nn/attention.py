@@ -1,0 +1,104 @@
+"""Multi-head Latent Attention (paper 2, section 2.1.1, equations 1-11)."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.linear import Linear
+from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.nn.rope import apply_rope, softmax_scale
+
+QUERY_CHUNK = 512
+"""Queries whose scores are in memory at once. Longer sequences go chunk by chunk, scores recomputed in the backward."""
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """Causal attention whose keys and values come from a latent of kv_lora_rank + qk_rope_head_dim values a token.
+
+    With `q_lora_rank=None` the query is projected straight from the hidden state, as in V2-Lite and Moonlight.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        c, std, heads = config, config.initializer_range, config.num_attention_heads
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim, ("embed", "heads"), std, rngs)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, ("embed", "latent"), std, rngs)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, "latent", c.rms_norm_eps)
+            self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim, ("latent", "heads"), std, rngs)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim,
+                                         ("embed", "latent"), std, rngs)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, "latent", c.rms_norm_eps)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim),
+                                ("latent", "heads"), std, rngs)
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, ("heads", "embed"), std, rngs)
+
+    def query(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """q^C [B, T, H, qk_nope_head_dim] and the rotated q^R [B, T, H, qk_rope_head_dim] (equations 6-9)."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = checkpoint_name(self.q_proj(hidden_BTD), "latent")
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(hidden_BTD), "latent")))
+        q = q.reshape(*q.shape[:-1], c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        return q_nope, apply_rope(q_rope, positions_T, c)
+
+    def latent(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a cache holds: the normed c^KV [B, T, C] and the rotated shared key k^R [B, T, qk_rope_head_dim]."""
+        joint = checkpoint_name(self.kv_a_proj_with_mqa(hidden_BTD), "latent")
+        latent_BTC, key = jnp.split(joint, [self.config.kv_lora_rank], axis=-1)
+        key = apply_rope(key[..., None, :], positions_T, self.config)[..., 0, :]
+        return self.kv_a_layernorm(latent_BTC), key
+
+    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; token t attends to tokens 0..t of its row."""
+        c = self.config
+        chex.assert_axis_dimension(hidden_BTD, 2, c.hidden_size)
+        q_nope, q_rope = self.query(hidden_BTD, positions_T)
+        latent_BTC, k_rope = self.latent(hidden_BTD, positions_T)
+        kv = self.kv_b_proj(latent_BTC)
+        kv = kv.reshape(*kv.shape[:-1], c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, value = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
+        out = causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(c))
+        out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out")
+        return self.o_proj(out)
+
+
+def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, value: jax.Array,
+                     scale: float, chunk: int = QUERY_CHUNK) -> jax.Array:
+    """softmax(scale * (q^C.k^C + q^R.k^R)) v with a causal mask and a float32 softmax (equation 10).
+
+    Args:
+      q_nope, k_nope: [B, T, H, qk_nope_head_dim].
+      q_rope: [B, T, H, qk_rope_head_dim]; k_rope: [B, T, qk_rope_head_dim], shared by all heads.
+      value: [B, T, H, v_head_dim].
+      chunk: queries whose scores are held at once; memory is B*H*chunk*T scores instead of B*H*T*T.
+
+    Returns:
+      [B, T, H, v_head_dim] in value's dtype.
+    """
+    length = q_nope.shape[1]
+
+    def attend(q_nope: jax.Array, q_rope: jax.Array, start: jax.Array | int) -> jax.Array:
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope, preferred_element_type=jnp.float32)
+        past = start + jnp.arange(q_nope.shape[1])[:, None] >= jnp.arange(length)[None, :]
+        weights = jax.nn.softmax(jnp.where(past, scores * scale, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+
+    if length <= chunk or length % chunk:
+        return attend(q_nope, q_rope, 0)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)),
+                      (chunks(q_nope), chunks(q_rope), chunk * jnp.arange(length // chunk)))
+    return jnp.moveaxis(out, 0, 1).reshape(*value.shape[:1], length, *value.shape[2:])

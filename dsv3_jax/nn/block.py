@@ -1,0 +1,68 @@
+"""One transformer layer, and a stack of equal layers run by a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.mesh import constrain_batch, gather_for_compute
+from dsv3_jax.nn.attention import MultiHeadLatentAttention
+from dsv3_jax.nn.linear import FeedForward
+from dsv3_jax.nn.moe import MixtureOfExperts, RouterStats
+from dsv3_jax.nn.norm import RMSNorm
+
+Recompute = Literal["none", "paper", "full"]
+
+# Kept for the backward under "paper": outputs of matrix products and of communication. Computed again: norms,
+# up-projections from the latents, SwiGLU (paper 2, section 3.2.3), and the cheap rest.
+_KEPT = ("latent", "attention_out", "ffn_inner", "dispatched", "expert_out", "residual")
+
+
+def recomputed(function: Callable, recompute: Recompute) -> Callable:
+    """`function` with the activations that its backward keeps chosen by `recompute`."""
+    if recompute == "none":
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT) if recompute == "paper" else None
+    return jax.checkpoint(function, policy=policy)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
+        self.mlp = (MixtureOfExperts(config, rngs) if moe else
+                    FeedForward(config.hidden_size, config.intermediate_size, config.initializer_range, rngs))
+
+    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, RouterStats | None]:
+        """[B, T, D] -> ([B, T, D], routing statistics or None for a dense layer)."""
+        hidden_BTD += self.self_attn(self.input_layernorm(hidden_BTD), positions_T)
+        hidden_BTD = jax.ad_checkpoint.checkpoint_name(constrain_batch(hidden_BTD), "residual")
+        normed = self.post_attention_layernorm(hidden_BTD)
+        out, stats = self.mlp(normed) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(normed), None)
+        return constrain_batch(hidden_BTD + out), stats
+
+
+def stack_of(layers: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
+    """`layers` modules as one whose weights have a leading layer dimension."""
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+    return build(rngs)
+
+
+def run_stack(blocks: Block, hidden_BTD: jax.Array, positions_T: jax.Array,
+              recompute: Recompute) -> tuple[jax.Array, RouterStats | None]:
+    """Runs a stack of blocks; statistics gain a leading layer dimension."""
+    graphdef, layers = nnx.split(blocks)
+
+    def step(hidden_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, RouterStats | None]:
+        return nnx.merge(graphdef, gather_for_compute(layer))(hidden_BTD, positions_T)
+    return jax.lax.scan(recomputed(step, recompute), hidden_BTD, layers)

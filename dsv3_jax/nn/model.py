@@ -1,0 +1,86 @@
+"""The whole model: embedding, dense layers, MoE layers, output head, and the multi-token-prediction modules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.mesh import constrain_batch, gather_for_compute
+from dsv3_jax.nn.block import Block, Recompute, recomputed, run_stack, stack_of
+from dsv3_jax.nn.linear import Embedding, Linear
+from dsv3_jax.nn.moe import RouterStats
+from dsv3_jax.nn.mtp import MTPModule
+from dsv3_jax.nn.norm import RMSNorm
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states ready for the output head, and routing statistics."""
+
+    hidden_BTD: jax.Array
+    """After the final norm."""
+    mtp_hidden: tuple[jax.Array, ...]
+    """[B, T, D] for each depth, after that depth's norm."""
+    stats: RouterStats
+    """Leading dimension: MoE layers in order, then MTP depths."""
+
+
+class DeepSeekV3(nnx.Module):
+    """A DeepSeek-V3-class language model; attribute names follow the published weights."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        c = config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range, rngs)
+        if c.first_k_dense_replace:
+            self.dense_layers = stack_of(c.first_k_dense_replace, lambda r: Block(c, moe=False, rngs=r), rngs)
+        self.moe_layers = stack_of(c.num_moe_layers, lambda r: Block(c, moe=True, rngs=r), rngs)
+        self.norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps)
+        self.lm_head = Linear(c.hidden_size, c.vocab_size, ("embed", "vocab"), c.initializer_range, rngs)
+        self.mtp = nnx.List([MTPModule(c, rngs) for _ in range(c.num_nextn_predict_layers)])
+
+    def __call__(self, tokens: jax.Array, *, mtp: bool = True, recompute: Recompute = "none") -> ModelOutput:
+        """Runs the model.
+
+        Args:
+          tokens: int [B, T + depth] with mtp, [B, T] without: T positions and, for multi-token prediction, the depth
+            tokens that follow them. (The paper shortens each depth's loss instead; with the look-ahead every depth
+            predicts at all T positions.)
+          mtp: whether to run the multi-token-prediction modules.
+          recompute: what the backward computes again, see `RunConfig.recompute`.
+        """
+        depth = len(self.mtp) if mtp else 0
+        length = tokens.shape[1] - depth
+        positions_T = jnp.arange(length)
+        embedded = constrain_batch(self.embed_tokens(tokens))
+        hidden_BTD = embedded[:, :length]
+        if self.config.first_k_dense_replace:
+            hidden_BTD, _ = run_stack(self.dense_layers, hidden_BTD, positions_T, recompute)
+        hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, recompute)
+        normed = self.norm(hidden_BTD)
+
+        previous = hidden_BTD if self.config.mtp_hidden == "pre_norm" else normed
+        mtp_hidden, mtp_stats = [], []
+        for k in range(1, depth + 1):
+            previous, layer_stats = _run_mtp(self.mtp[k - 1], previous, embedded[:, k:k + length], positions_T,
+                                             recompute)
+            mtp_hidden.append(self.mtp[k - 1].norm(previous))
+            mtp_stats.append(jax.tree.map(lambda x: x[None], layer_stats))
+        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, *mtp_stats)
+        return ModelOutput(normed, tuple(mtp_hidden), stats)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V], float32; serves the main model and every depth."""
+        return self.lm_head(hidden_BTD).astype(jnp.float32)
+
+
+def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
+             recompute: Recompute) -> tuple[jax.Array, RouterStats]:
+    graphdef, state = nnx.split(module)
+
+    def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats]:
+        return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T)
+    return recomputed(run, recompute)(state, hidden_BTD, ahead_BTD)

@@ -1,0 +1,116 @@
+"""Named, complete models and runs. Sizes are those of the published `config.json` of each model."""
+
+from __future__ import annotations
+
+from dsv3_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReportConfig,
+    RopeScaling,
+    RunConfig,
+    ScheduleConfig,
+)
+
+# Initialisation 0.006 is paper 2's (section 4.2); the published config.json files print 0.02, a library default.
+_DEEPSEEK_V3 = ModelConfig(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+    num_hidden_layers=61, first_k_dense_replace=3, num_attention_heads=128,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
+    routed_scaling_factor=2.5, max_position_embeddings=163840,
+    rope_scaling=RopeScaling())
+
+_DEEPSEEK_V2 = ModelConfig(
+    vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536,
+    num_hidden_layers=60, first_k_dense_replace=1, num_attention_heads=128,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, n_group=8, topk_group=3,
+    scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, routed_scaling_factor=16.0,
+    masked_group_score="0", aux_loss_alpha=0.001, num_nextn_predict_layers=0,
+    max_position_embeddings=163840, rope_scaling=RopeScaling())
+
+_DEEPSEEK_V2_LITE = ModelConfig(
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+    num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16,
+    q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+    scoring_func="softmax", topk_method="greedy", norm_topk_prob=False,
+    aux_loss_alpha=0.001, num_nextn_predict_layers=0,
+    max_position_embeddings=163840, rope_scaling=RopeScaling(mscale=0.707, mscale_all_dim=0.707))
+
+_MOONLIGHT_16B = ModelConfig(
+    vocab_size=163840, hidden_size=2048, intermediate_size=11264, moe_intermediate_size=1408,
+    num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16,
+    q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, routed_scaling_factor=2.446,
+    aux_loss_alpha=0.001, num_nextn_predict_layers=0,
+    max_position_embeddings=8192, rope_theta=50000.0, rms_norm_eps=1e-5, initializer_range=0.02)
+
+_KIMI_K2 = ModelConfig(
+    vocab_size=163840, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+    num_hidden_layers=61, first_k_dense_replace=1, num_attention_heads=64,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=384, n_shared_experts=1, num_experts_per_tok=8, routed_scaling_factor=2.827,
+    aux_loss_alpha=0.001, num_nextn_predict_layers=0,
+    max_position_embeddings=131072, rope_theta=50000.0,
+    rope_scaling=RopeScaling(factor=32.0, beta_fast=1.0, beta_slow=1.0))
+
+# Every architectural part of V3 at a size that two CPU cores train in minutes.
+_QUICKSTART = ModelConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=768, moe_intermediate_size=128,
+    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
+    q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2,
+    routed_scaling_factor=2.5, max_position_embeddings=256, initializer_range=0.02)
+
+_TINY = ModelConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=2,
+    q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+    n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2,
+    routed_scaling_factor=2.5, max_position_embeddings=128, initializer_range=0.02)
+
+MODELS: dict[str, ModelConfig] = {
+    "deepseek_v3": _DEEPSEEK_V3, "deepseek_v2": _DEEPSEEK_V2, "deepseek_v2_lite": _DEEPSEEK_V2_LITE,
+    "moonlight_16b": _MOONLIGHT_16B, "kimi_k2": _KIMI_K2, "quickstart": _QUICKSTART, "tiny": _TINY,
+}
+
+
+def _pretraining(model: ModelConfig) -> RunConfig:
+    """Paper 2's recipe (section 4.2): 14.8T tokens in sequences of 4096, batch 3072 growing to 15360."""
+    return RunConfig(
+        model=model,
+        batch=BatchConfig(sequences=15360, sequence_length=4096, micro_batches=15, ramp_from=3072,
+                          ramp_until=469 / 14800),
+        data=DataConfig(tokenizer="deepseek", fim_rate=0.1),
+        checkpoint=CheckpointConfig(every=500),
+        report=ReportConfig(evaluate_every=500),
+        steps=241_000)
+
+
+RUNS: dict[str, RunConfig] = {
+    **{name: _pretraining(MODELS[name]) for name in
+       ("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "moonlight_16b", "kimi_k2")},
+    "quickstart": RunConfig(
+        model=_QUICKSTART,
+        batch=BatchConfig(sequences=16, sequence_length=256),
+        schedule=ScheduleConfig(peak_learning_rate=3e-3, floor_learning_rate=3e-4, final_learning_rate=1e-4,
+                                warmup_steps=20, constant_until=0.5, cosine_until=0.95, floor_until=0.98),
+        data=DataConfig(tokenizer="bpe"),
+        checkpoint=CheckpointConfig(every=200),
+        report=ReportConfig(evaluate_every=200, sample_every=200),
+        steps=600, precision="float32", recompute="none"),
+    "tiny": RunConfig(
+        model=_TINY,
+        batch=BatchConfig(sequences=8, sequence_length=64),
+        schedule=ScheduleConfig(peak_learning_rate=3e-3, warmup_steps=5, constant_until=1.0, cosine_until=1.0,
+                                floor_until=1.0, late_mtp_from=1.0, bias_until=1.0),
+        optimizer=OptimizerConfig(ema_decay=0.99),
+        data=DataConfig(tokenizer="bytes"),
+        checkpoint=CheckpointConfig(every=10),
+        report=ReportConfig(evaluate_every=0),
+        steps=20, precision="float32"),
+}

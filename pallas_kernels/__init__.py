@@ -1,0 +1,1 @@
+"""Kernels, one folder an operation: `api` picks the backend, `reference` is the oracle in plain JAX."""

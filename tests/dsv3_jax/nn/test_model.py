@@ -1,0 +1,106 @@
+"""The model against the float64 oracle written from the equations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.config import MeshConfig, RopeScaling
+from dsv3_jax.mesh import make_mesh
+from dsv3_jax.nn.router import choose_experts
+from dsv3_jax.presets import MODELS
+from tests import oracle
+from tests.weights import model_from_oracle
+
+TINY = MODELS["tiny"]
+V2_STYLE = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 4.0}
+VARIANTS = {
+    "v3": {},
+    "yarn": {"rope_scaling": RopeScaling(factor=8.0, original_max_position_embeddings=16)},
+    "no query compression": {"q_lora_rank": None},
+    "two prediction depths": {"num_nextn_predict_layers": 2},
+    "post-norm prediction": {"mtp_hidden": "post_norm"},
+    "no prediction, all experts": {"num_nextn_predict_layers": 0, "first_k_dense_replace": 0},
+    "three shared experts, one group": {"n_shared_experts": 3, "n_group": 1, "topk_group": 1},
+    "no shared expert, eight groups": {"n_shared_experts": 0, "n_group": 8, "topk_group": 3},
+    "v2 greedy": {**V2_STYLE, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
+    "v2 groups": {**V2_STYLE, "topk_method": "group_limited_greedy", "masked_group_score": "0"},
+}
+
+
+def _tokens(config, batch=2, length=12, seed=0):
+    return np.random.default_rng(seed).integers(
+        0, config.vocab_size, (batch, length + config.num_nextn_predict_layers))
+
+
+def _logits(model, tokens):
+    output = model(tokens)
+    return [model.logits(hidden) for hidden in (output.hidden_BTD, *output.mtp_hidden)]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_the_oracle(changes):
+    """Float32 rounding through 4 layers stays under 1e-5 of the largest logit."""
+    config = dataclasses.replace(TINY, **changes)
+    weights, tokens = oracle.random_weights(config, seed=1), _tokens(config)
+    expected, expected_mtp = oracle.forward(config, weights, tokens)
+    actual = jax.jit(lambda t: _logits(model_from_oracle(config, weights), t))(tokens)
+    assert len(actual) == 1 + config.num_nextn_predict_layers
+    for got, want in zip(actual, [expected, *expected_mtp], strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("scale_out", "scale_up"), [(2, 4), (4, 2), (1, 8), (2, 2)])
+def test_expert_parallel_logits_equal_the_oracle(scale_out, scale_up, eight_devices):
+    weights, tokens = oracle.random_weights(TINY, seed=2), _tokens(TINY, batch=8)
+    expected, expected_mtp = oracle.forward(TINY, weights, tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(scale_out=scale_out, scale_up=scale_up))):
+        actual = jax.jit(_logits)(model_from_oracle(TINY, weights), tokens)
+    for got, want in zip(actual, [expected, *expected_mtp], strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("recompute", ["paper", "full"])
+def test_recomputation_changes_no_gradient(recompute):
+    tokens = _tokens(TINY)
+    graphdef, params, rest = nnx.split(model_from_oracle(TINY, oracle.random_weights(TINY, seed=3)), nnx.Param, ...)
+
+    def loss(params, recompute):
+        model = nnx.merge(graphdef, params, rest)
+        output = model(tokens, recompute=recompute)
+        return sum(jax.nn.logsumexp(model.logits(h)).mean() for h in (output.hidden_BTD, *output.mtp_hidden))
+    plain = jax.jit(jax.grad(loss), static_argnums=1)(params, "none")
+    again = jax.jit(jax.grad(loss), static_argnums=1)(params, recompute)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max() + 1e-9)
+
+
+ROUTERS = [(8, 4, 256, 8), (8, 8, 256, 8), (1, 1, 64, 6), (1, 1, 72, 6), (1, 1, 144, 6), (8, 3, 160, 6),
+           (1, 1, 384, 8), (4, 2, 16, 4)]
+
+
+@pytest.mark.parametrize(("groups", "kept", "experts", "top_k"), ROUTERS)
+@pytest.mark.parametrize("mask", ["-inf", "0"])
+@pytest.mark.parametrize("bias_scale", [0.05, 3.0])
+def test_router_chooses_the_oracles_experts(groups, kept, experts, top_k, mask, bias_scale):
+    """Scores are exact in float32 and float64 alike, so every choice must be equal, ties included."""
+    config = dataclasses.replace(TINY, n_routed_experts=experts, num_experts_per_tok=top_k, n_group=groups,
+                                 topk_group=kept, masked_group_score=mask)
+    rng = np.random.default_rng(experts + groups)
+    scores = rng.integers(0, 2 ** 10, (64, experts)) / 2 ** 10  # coarse: many exact ties
+    bias = np.round(rng.normal(0, bias_scale, experts) * 2 ** 8) / 2 ** 8
+    routing = choose_experts(config, scores.astype(np.float32), bias.astype(np.float32))
+    order = np.argsort(routing.experts_K, axis=-1)
+    indices, weights = oracle.route(config, scores, bias)
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(routing.experts_K), order, -1), indices)
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(routing.weights_K), order, -1), weights, rtol=1e-6)
+
+
+def test_equal_scores_choose_the_lowest_indices():
+    config = dataclasses.replace(TINY, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2)
+    routing = choose_experts(config, np.full((3, 16), 0.5, np.float32), np.zeros(16, np.float32))
+    np.testing.assert_array_equal(routing.experts_K, [[0, 1, 2, 3]] * 3)
