@@ -257,6 +257,8 @@ class DataConfig:
     tokenizer: str = "bpe"
     """bytes, bpe (trained on the training text to fill model.vocab_size), deepseek (extra `quickstart`), or the path
     of a Hugging Face tokenizer.json."""
+    training_from_year: int = 1790
+    """Speeches before this year are left out."""
     validation_from_year: int = 2009
     """Speeches of this year and later are held out."""
     validation_share: float = 0.05
@@ -293,7 +295,7 @@ class ReportConfig:
     """Steps between evaluations on held-out text; 0: only at the end."""
     sample_every: int = 0
     """Steps between samples of generated text; 0: none."""
-    sample_prompt: str = "The American people "
+    sample_prompt: str = "The American people"
     sample_tokens: int = 48
     tensorboard: bool = False
     """Also write TensorBoard event files (extra `tensorboard`)."""

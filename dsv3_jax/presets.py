@@ -60,11 +60,11 @@ _KIMI_K2 = ModelConfig(
 
 # Every architectural part of V3 at a size that two CPU cores train in minutes.
 _QUICKSTART = ModelConfig(
-    vocab_size=4096, hidden_size=256, intermediate_size=768, moe_intermediate_size=128,
-    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
-    q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2,
-    routed_scaling_factor=2.5, max_position_embeddings=256, initializer_range=0.02)
+    vocab_size=2048, hidden_size=128, intermediate_size=384, moe_intermediate_size=128,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=2,
+    q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64,
+    n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
+    routed_scaling_factor=2.5, max_position_embeddings=256, initializer_range=0.06)
 
 _TINY = ModelConfig(
     vocab_size=320, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
@@ -88,7 +88,7 @@ def _pretraining(model: ModelConfig) -> RunConfig:
         data=DataConfig(tokenizer="deepseek", fim_rate=0.1),
         checkpoint=CheckpointConfig(every=500),
         report=ReportConfig(evaluate_every=500),
-        steps=241_000)
+        steps=242_800)
 
 
 RUNS: dict[str, RunConfig] = {
@@ -96,20 +96,21 @@ RUNS: dict[str, RunConfig] = {
        ("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "moonlight_16b", "kimi_k2")},
     "quickstart": RunConfig(
         model=_QUICKSTART,
-        batch=BatchConfig(sequences=16, sequence_length=256),
-        schedule=ScheduleConfig(peak_learning_rate=3e-3, floor_learning_rate=3e-4, final_learning_rate=1e-4,
-                                warmup_steps=20, constant_until=0.5, cosine_until=0.95, floor_until=0.98),
-        data=DataConfig(tokenizer="bpe"),
-        checkpoint=CheckpointConfig(every=200),
-        report=ReportConfig(evaluate_every=200, sample_every=200),
-        steps=600, precision="float32", recompute="none"),
+        batch=BatchConfig(sequences=8, sequence_length=128),
+        schedule=ScheduleConfig(peak_learning_rate=1e-2, floor_learning_rate=5e-4, final_learning_rate=2e-4,
+                                warmup_steps=30, constant_until=0.4, cosine_until=0.97, floor_until=0.99,
+                                bias_speed=0.01),
+        data=DataConfig(tokenizer="bpe", training_from_year=1930),
+        checkpoint=CheckpointConfig(every=350),
+        report=ReportConfig(evaluate_every=700, sample_every=700),
+        steps=1400, precision="float32", recompute="none"),
     "tiny": RunConfig(
         model=_TINY,
         batch=BatchConfig(sequences=8, sequence_length=64),
         schedule=ScheduleConfig(peak_learning_rate=3e-3, warmup_steps=5, constant_until=1.0, cosine_until=1.0,
                                 floor_until=1.0, late_mtp_from=1.0, bias_until=1.0),
-        optimizer=OptimizerConfig(ema_decay=0.99),
-        data=DataConfig(tokenizer="bytes"),
+        optimizer=OptimizerConfig(moment_dtype="float32", ema_decay=0.99),
+        data=DataConfig(tokenizer="bytes", validation_from_year=2025),
         checkpoint=CheckpointConfig(every=10),
         report=ReportConfig(evaluate_every=0),
         steps=20, precision="float32"),

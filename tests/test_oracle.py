@@ -36,7 +36,8 @@ def test_yarn_of_deepseek_v3():
     assert oracle.softmax_scale(plain) == pytest.approx(0.0721687836, abs=5e-11)
     base = oracle.rope_frequencies(plain)
     ratio = oracle.rope_frequencies(V3_ROPE) / base
-    assert base[0] == 1 and base[16] == pytest.approx(0.01, rel=TIGHT)
+    assert base[0] == 1
+    assert base[16] == pytest.approx(0.01, rel=TIGHT)
     np.testing.assert_allclose(ratio[:11], 1, rtol=TIGHT)
     np.testing.assert_allclose(ratio[23:], 1 / 40, rtol=TIGHT)
     assert ratio[11] == pytest.approx(1 - 1 / 13 * 39 / 40, rel=TIGHT)
@@ -272,7 +273,8 @@ def test_random_weights():
     assert all((value == oracle.random_weights(TINY, 6)[name]).all() for name, value in weights.items())
     assert all((value.astype(np.float32) == value).all() for value in weights.values())
     gains = np.concatenate([value for name, value in weights.items() if "norm" in name])
-    assert (gains != 1).all() and np.abs(gains - 1).max() < 0.6
+    assert (gains != 1).all()
+    assert np.abs(gains - 1).max() < 0.6
     bias = weights["layers.1.mlp.gate.e_score_correction_bias"]
     assert (bias != 0).all()
     scores = oracle.router_scores(TINY, weights, "layers.1.mlp", np.random.default_rng(7).standard_normal((50, 16)))

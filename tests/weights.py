@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,12 +34,11 @@ def _fused(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 
 def model_from_oracle(config: ModelConfig, weights: dict[str, np.ndarray]) -> DeepSeekV3:
     """A model that holds exactly `weights` (see `tests.oracle` for their names); every variable must be given."""
-    model = DeepSeekV3(config, nnx.Rngs(0))
-    for variable in (v for _, v in nnx.to_flat_state(nnx.state(model))):
-        variable.set_value(jnp.full_like(variable[...], jnp.nan))
-    nnx.update(model, nnx.state(model))
-    for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight"):
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))))
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
+    for name in ("embed_tokens.weight", "norm.weight"):
         _assign(model, name, weights[name])
+    _assign(model, "lm_head.weight", weights["lm_head.weight"].T)
     dense = config.first_k_dense_replace
     for stack, indices in (("dense_layers", range(dense)), ("moe_layers", range(dense, config.num_hidden_layers))):
         layers = [_fused(weights, f"layers.{i}.") for i in indices]

@@ -84,6 +84,7 @@ def _owner(experts_RK: jax.Array, size: int, ranks: int) -> jax.Array:
     return jnp.where(experts_RK >= 0, experts_RK // size, ranks)
 
 
+@jax.named_scope("dispatch")
 def dispatch(hidden_TD: jax.Array, experts_TK: jax.Array, weights_TK: jax.Array, topology: Topology,
              alignment: int = 1) -> tuple[jax.Array, Plan]:
     """Brings tokens to their experts. Runs inside a `shard_map` over scale_out and scale_up where they exceed one.
@@ -121,6 +122,7 @@ def dispatch(hidden_TD: jax.Array, experts_TK: jax.Array, weights_TK: jax.Array,
     return copy_to_slots(rows, to_experts), plan
 
 
+@jax.named_scope("combine")
 def combine(outputs_PD: jax.Array, plan: Plan) -> jax.Array:
     """Weights the experts' outputs and brings their sum home: [P, D] -> [T, D], in the outputs' dtype.
 

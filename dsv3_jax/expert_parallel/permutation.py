@@ -27,17 +27,23 @@ def permutation(bucket_RK: jax.Array, starts_N: jax.Array, slots: int) -> Permut
 
     Args:
       bucket_RK: int32 [R, K] in [0, N]; N means the choice goes nowhere.
-      starts_N: int32 [N], first slot of each bucket. Buckets must be large enough: nothing is dropped here.
+      starts_N: int32 [N], ascending from 0, the first slot of each bucket. Buckets must be large enough: nothing is
+        dropped here.
       slots: S, static.
     """
-    flat = bucket_RK.reshape(-1)
-    member = flat[:, None] == jnp.arange(starts_N.shape[0])
-    rank_in_bucket = jnp.sum(jnp.where(member, jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1, 0), axis=1)
-    goes = flat < starts_N.shape[0]
-    slot = jnp.where(goes, jnp.append(starts_N, 0)[flat] + rank_in_bucket, -1).astype(jnp.int32)
-    choice_S = jnp.full((slots,), -1, jnp.int32).at[jnp.where(goes, slot, slots)].set(
-        jnp.arange(flat.shape[0], dtype=jnp.int32), mode="drop", unique_indices=True)
-    return Permutation(choice_S, slot.reshape(bucket_RK.shape))
+    flat, buckets = bucket_RK.reshape(-1), starts_N.shape[0]
+    ranks = jnp.cumsum(flat[:, None] == jnp.arange(buckets), axis=0, dtype=jnp.int32)
+    rank = jnp.take_along_axis(ranks, jnp.minimum(flat, buckets - 1)[:, None], axis=1)[:, 0] - 1
+    slot = jnp.where(flat < buckets, starts_N[jnp.minimum(flat, buckets - 1)] + rank, -1)
+    # The inverse by sorting: a scatter would run row by row on CPU.
+    in_order = jnp.argsort(flat, stable=True)
+    counts_N = ranks[-1]
+    slot_S = jnp.arange(slots)
+    bucket_S = jnp.searchsorted(starts_N, slot_S, side="right") - 1
+    rank_S = slot_S - starts_N[bucket_S]
+    choice_S = in_order[jnp.minimum((jnp.cumsum(counts_N) - counts_N)[bucket_S] + rank_S, flat.shape[0] - 1)]
+    choice_S = jnp.where(rank_S < counts_N[bucket_S], choice_S, -1)
+    return Permutation(choice_S.astype(jnp.int32), slot.astype(jnp.int32).reshape(bucket_RK.shape))
 
 
 def group_counts(bucket_RK: jax.Array, buckets: int) -> jax.Array:

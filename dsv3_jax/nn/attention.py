@@ -57,6 +57,7 @@ class MultiHeadLatentAttention(nnx.Module):
         key = apply_rope(key[..., None, :], positions_T, self.config)[..., 0, :]
         return self.kv_a_layernorm(latent_BTC), key
 
+    @jax.named_scope("attention")
     def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]; token t attends to tokens 0..t of its row."""
         c = self.config
@@ -71,6 +72,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.o_proj(out)
 
 
+@jax.named_scope("attention_core")
 def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, value: jax.Array,
                      scale: float, chunk: int = QUERY_CHUNK) -> jax.Array:
     """softmax(scale * (q^C.k^C + q^R.k^R)) v with a causal mask and a float32 softmax (equation 10).

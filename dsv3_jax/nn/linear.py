@@ -37,6 +37,20 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], tokens, axis=0)
 
 
+class OutputHead(nnx.Module):
+    """Logits from hidden states; `weight` is [V, D] like the embedding's, as published.
+
+    (On CPU this layout spares the gradient a transposed copy of all the logits.)
+    """
+
+    def __init__(self, vocab_size: int, width: int, std: float, rngs: nnx.Rngs):
+        self.weight = normal_param(rngs, (vocab_size, width), ("vocab", "embed"), std)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        return jnp.einsum("...d,vd->...v", hidden, self.weight[...], preferred_element_type=jnp.float32)
+
+
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """[..., 2F] -> [..., F]: silu(gate) * up, with the gate in the first half."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -51,6 +65,7 @@ class FeedForward(nnx.Module):
         self.up_proj = Linear(width, inner, ("embed", "mlp"), std, rngs)
         self.down_proj = Linear(inner, width, ("mlp", "embed"), std, rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         gate = checkpoint_name(self.gate_proj(x), "ffn_inner")

@@ -11,7 +11,7 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.block import Block, Recompute, recomputed, run_stack, stack_of
-from dsv3_jax.nn.linear import Embedding, Linear
+from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
 from dsv3_jax.nn.norm import RMSNorm
@@ -39,7 +39,7 @@ class DeepSeekV3(nnx.Module):
             self.dense_layers = stack_of(c.first_k_dense_replace, lambda r: Block(c, moe=False, rngs=r), rngs)
         self.moe_layers = stack_of(c.num_moe_layers, lambda r: Block(c, moe=True, rngs=r), rngs)
         self.norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps)
-        self.lm_head = Linear(c.hidden_size, c.vocab_size, ("embed", "vocab"), c.initializer_range, rngs)
+        self.lm_head = OutputHead(c.vocab_size, c.hidden_size, c.initializer_range, rngs)
         self.mtp = nnx.List([MTPModule(c, rngs) for _ in range(c.num_nextn_predict_layers)])
 
     def __call__(self, tokens: jax.Array, *, mtp: bool = True, recompute: Recompute = "none") -> ModelOutput:
@@ -74,13 +74,13 @@ class DeepSeekV3(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [..., V], float32; serves the main model and every depth."""
-        return self.lm_head(hidden_BTD).astype(jnp.float32)
+        return self.lm_head(hidden_BTD)
 
 
 def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
-             recompute: Recompute) -> tuple[jax.Array, RouterStats]:
+             recompute: Recompute) -> tuple[jax.Array, RouterStats | None]:
     graphdef, state = nnx.split(module)
 
-    def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T)
     return recomputed(run, recompute)(state, hidden_BTD, ahead_BTD)

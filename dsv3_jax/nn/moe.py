@@ -17,8 +17,8 @@ from dsv3_jax.nn.linear import FeedForward, normal_param, swiglu
 from dsv3_jax.nn.router import NodeLimitedRouter, Routing, expert_load, sequence_balance_loss
 from pallas_kernels.grouped_matmul import grouped_matmul
 
-ROW_ALIGNMENT = 64
-"""Rows of an expert are padded to a multiple of this, the tile of the grouped product."""
+LARGEST_TILE = 128
+"""Rows of an expert are padded to a tile of the grouped product: at most this, less where experts get few rows."""
 
 
 class RouterStats(NamedTuple):
@@ -59,13 +59,22 @@ def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.
                 down_EFD: jax.Array, *, topology: Topology) -> jax.Array:
     """One device's part: its tokens in, its tokens out, its experts in between."""
     top_k = experts_BTK.shape[-1]
+    tile = _tile(experts_BTK.size / topology.experts_per_device)
     rows_PD, plan = dispatch(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), experts_BTK.reshape(-1, top_k),
-                             weights_BTK.reshape(-1, top_k), topology, ROW_ALIGNMENT)
+                             weights_BTK.reshape(-1, top_k), topology, tile)
     rows_PD = checkpoint_name(rows_PD, "dispatched")
-    inner_PF = grouped_matmul(rows_PD, gate_up_EDF, plan.group_sizes_E, alignment=ROW_ALIGNMENT)
+    inner_PF = grouped_matmul(rows_PD, gate_up_EDF, plan.group_sizes_E, alignment=tile)
     inner_PF = swiglu(checkpoint_name(inner_PF, "ffn_inner"))
-    outputs_PD = grouped_matmul(inner_PF, down_EFD, plan.group_sizes_E, alignment=ROW_ALIGNMENT)
+    outputs_PD = grouped_matmul(inner_PF, down_EFD, plan.group_sizes_E, alignment=tile)
     return combine(checkpoint_name(outputs_PD, "expert_out"), plan).reshape(hidden_BTD.shape)
+
+
+def _tile(rows_per_expert: float) -> int:
+    """The power of two, up to LARGEST_TILE, that pads balanced experts by about an eighth."""
+    tile = 8
+    while tile < LARGEST_TILE and 4 * tile < rows_per_expert:
+        tile *= 2
+    return tile
 
 
 class MixtureOfExperts(nnx.Module):

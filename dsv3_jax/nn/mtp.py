@@ -29,7 +29,7 @@ class MTPModule(nnx.Module):
         self.norm = RMSNorm(width, "embed", eps)
 
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array,
-                 positions_T: jax.Array) -> tuple[jax.Array, RouterStats]:
+                 positions_T: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         """Previous depth's h and the embeddings k tokens ahead -> (h^k before `norm`, routing statistics)."""
         joined = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], axis=-1))
         return self.block(joined, positions_T)

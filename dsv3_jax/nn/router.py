@@ -40,6 +40,7 @@ class NodeLimitedRouter(nnx.Module):
                                    config.initializer_range, float32=True)
         self.e_score_correction_bias = RouterBias(jnp.zeros((experts,), jnp.float32), axes=("router",))
 
+    @jax.named_scope("router")
     def __call__(self, hidden_BTD: jax.Array) -> Routing:
         """[..., D] -> `Routing`."""
         affinities = jnp.matmul(hidden_BTD.astype(jnp.float32), self.weight[...],
@@ -72,11 +73,13 @@ def _within_best_groups(config: ModelConfig, scores_E: jax.Array) -> jax.Array:
     return jnp.where(kept_G[..., None], grouped, float(config.masked_group_score)).reshape(scores_E.shape)
 
 
+@jax.named_scope("expert_load")
 def expert_load(experts_K: jax.Array, experts: int) -> jax.Array:
     """Tokens sent to each expert, float32 [E], from choices [..., K] (exact up to 2^24 tokens an expert)."""
     return jnp.sum(jax.nn.one_hot(experts_K, experts, dtype=jnp.float32), axis=tuple(range(experts_K.ndim)))
 
 
+@jax.named_scope("balance_loss")
 def sequence_balance_loss(config: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     """sum_i f_i P_i, averaged over sequences, without its weight alpha (equations 17-20).
 

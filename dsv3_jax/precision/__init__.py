@@ -1,0 +1,1 @@
+"""Number formats and which of them each part of the model uses."""

@@ -13,6 +13,7 @@ from pallas_kernels.grouped_matmul.tiled import grouped_matmul_tiled
 Backend = Literal["reference", "tiled", "ragged_dot"]
 
 
+@jax.named_scope("grouped_matmul")
 def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, *, alignment: int = 1,
                    backend: Backend | None = None) -> jax.Array:
     """rows of group e times weights[e], for every group.

@@ -1,0 +1,65 @@
+"""Bad settings fail at once, and the message names field, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from dsv3_jax import config as c
+from dsv3_jax.mesh import make_mesh
+from dsv3_jax.presets import MODELS, RUNS
+
+TINY = RUNS["tiny"]
+
+
+def _model(**changes):
+    return lambda: dataclasses.replace(TINY.model, **changes)
+
+
+def _run(**changes):
+    return lambda: dataclasses.replace(TINY, **changes)
+
+
+BAD = {
+    "experts over ranks": (_run(mesh=c.MeshConfig(scale_out=4, scale_up=3)), ["16", "4*3=12", "n_routed_experts"]),
+    "groups over nodes": (_run(mesh=c.MeshConfig(scale_out=8)), ["n_group (4)", "scale_out (8)"]),
+    "kept groups": (_model(topk_group=5), ["topk_group (5)", "n_group (4)"]),
+    "experts over groups": (_model(n_routed_experts=18), ["18", "n_group (4)"]),
+    "top-k": (_model(num_experts_per_tok=9), ["num_experts_per_tok (9)", "2*16/4=8"]),
+    "lone expert in a group": (_model(n_group=16, topk_group=8), ["n_group (16)"]),
+    "greedy with groups": (_model(topk_method="greedy"), ["topk_method", "n_group (4)"]),
+    "odd rope": (_model(qk_rope_head_dim=7), ["qk_rope_head_dim (7)"]),
+    "no heads": (_model(num_attention_heads=0), ["num_attention_heads (0)"]),
+    "zero latent": (_model(q_lora_rank=0), ["q_lora_rank (0)"]),
+    "all dense": (_model(first_k_dense_replace=3), ["first_k_dense_replace (3)", "num_hidden_layers (3)"]),
+    "length": (_run(batch=c.BatchConfig(sequence_length=256)), ["sequence_length (256)", "(128)"]),
+    "micro-batches": (lambda: c.BatchConfig(sequences=8, micro_batches=3), ["8", "micro_batches (3)"]),
+    "ramp": (lambda: c.BatchConfig(sequences=8, micro_batches=2, ramp_from=3, ramp_until=0.1), ["ramp_from (3)"]),
+    "shares": (lambda: c.ScheduleConfig(constant_until=0.9, cosine_until=0.5), ["constant_until", "ascend"]),
+    "pipe": (lambda: c.MeshConfig(pipe=2), ["pipe (2)"]),
+    "beta": (lambda: c.OptimizerConfig(beta2=1.0), ["beta2 (1.0)"]),
+    "distributed": (lambda: c.DistributedConfig(coordinator="localhost:1"), ["go together"]),
+    "mesh over devices": (lambda: make_mesh(c.MeshConfig(scale_out=4, scale_up=4)),
+                          ["4*4=16", "8 cpu", "--mesh.simulate-devices 16"]),
+    "idle devices": (lambda: make_mesh(c.MeshConfig(data=1, scale_up=4)), ["4 of 8", "mesh.data"]),
+    "scale_up over a host": (lambda: make_mesh(c.MeshConfig(scale_up=3)), ["scale_up"]),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_setting_is_named(make, words):
+    with pytest.raises(c.ConfigError) as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_presets_survive_json(name):
+    assert c.run_from_dict(json.loads(c.to_json(RUNS[name]))) == RUNS[name]
+
+
+def test_v3_preset_has_its_node_limit():
+    assert (MODELS["deepseek_v3"].n_group, MODELS["deepseek_v3"].topk_group) == (8, 4)
