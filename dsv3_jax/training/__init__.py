@@ -1,0 +1,1 @@
+"""Loss, optimizer, step, data, checkpoints and the loop that joins them."""

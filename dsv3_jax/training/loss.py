@@ -1,0 +1,85 @@
+"""Next-token loss, multi-token-prediction loss and balance loss (paper 2, sections 2.1.2 and 2.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.nn.block import Recompute
+from dsv3_jax.nn.model import DeepSeekV3, ModelOutput
+
+LOGITS_AT_ONCE = 2 ** 26
+"""Logits of one sequence held at a time; longer ones go chunk by chunk and are recomputed in the backward."""
+
+
+class Losses(NamedTuple):
+    """Float32 scalars: means over tokens, in nats."""
+
+    main: jax.Array
+    mtp: jax.Array
+    """Mean over depths; 0 without multi-token prediction."""
+    balance: jax.Array
+    """Sum over MoE layers, without its weight."""
+
+
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logsumexp(logits) - logits[target] over the last axis, float32.
+
+    Its gradient, softmax minus one-hot, is formed once for both products that use it (left to itself, XLA on CPU
+    recomputes the exponentials for each) and without a scatter into all the logits.
+    """
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
+    return log_total - chosen, (logits, targets, log_total)
+
+
+def _cross_entropy_backward(saved: tuple[jax.Array, ...], grads: jax.Array) -> tuple[jax.Array, None]:
+    logits, targets, log_total = saved
+    target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    d_logits = (jnp.exp(logits - log_total[..., None]) - target) * grads[..., None]
+    return jax.lax.optimization_barrier(d_logits), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+@jax.named_scope("head")
+def negative_log_likelihood(model: DeepSeekV3, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(head(hidden))[target], float32 [B, T], never holding all the logits of a long sequence."""
+    def nll(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(model.logits(hidden), targets)
+
+    length, chunk = targets_BT.shape[1], targets_BT.shape[1]
+    while chunk * model.config.vocab_size > LOGITS_AT_ONCE and chunk % 2 == 0:
+        chunk //= 2
+    if chunk == length:
+        return nll(hidden_BTD, targets_BT)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
+    out = jax.lax.map(jax.checkpoint(lambda args: nll(*args)), (chunks(hidden_BTD), chunks(targets_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(targets_BT.shape)
+
+
+def training_losses(model: DeepSeekV3, tokens: jax.Array, recompute: Recompute) -> tuple[Losses, ModelOutput]:
+    """All losses of a batch.
+
+    Args:
+      tokens: int [B, T + 1 + depth]: T inputs, the last target, and the further targets of each prediction depth.
+      recompute: see `RunConfig.recompute`.
+    """
+    depth = len(model.mtp)
+    length = tokens.shape[1] - 1 - depth
+    output = model(tokens[:, :-1], recompute=recompute)
+    main = jnp.mean(negative_log_likelihood(model, output.hidden_BTD, tokens[:, 1:1 + length]))
+    ahead = [jnp.mean(negative_log_likelihood(model, hidden, tokens[:, k + 1:k + 1 + length]))
+             for k, hidden in enumerate(output.mtp_hidden, start=1)]
+    mtp = sum(ahead) / depth if depth else jnp.zeros(())
+    return Losses(main, jnp.asarray(mtp), jnp.sum(output.stats.balance_loss)), output

@@ -1,0 +1,82 @@
+"""All that a training run carries from step to step, and where each piece lives on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.mesh import shardings
+from dsv3_jax.nn.model import DeepSeekV3
+from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """The state of training; a pytree."""
+
+    step: jax.Array
+    """int32: optimizer steps taken."""
+    params: nnx.State
+    """float32 master weights."""
+    router_bias: nnx.State
+    """The routers' balancing biases: state, not parameters."""
+    optimizer: Any
+    ema: nnx.State | None
+    """Moving average of the weights, float32, or None."""
+    rng: jax.Array
+    """Key for whatever draws random numbers while training (samples of text)."""
+
+
+def split_model(config: RunConfig, key: jax.Array | None = None) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, parameters, router biases) of a new model; call under `jit` or `eval_shape` to allocate nothing."""
+    key = jax.random.key(config.seed) if key is None else key
+    structure, params, *others = nnx.split(DeepSeekV3(config.model, nnx.Rngs(key)), nnx.Param, RouterBias)
+    return structure, params, others[0]
+
+
+def model_structure(config: RunConfig) -> nnx.GraphDef:
+    """The static half of the model, for `nnx.merge`."""
+    structure = []
+
+    def trace() -> None:
+        structure.append(split_model(config)[0])
+    jax.eval_shape(trace)
+    return structure[0]
+
+
+def new_state(config: RunConfig) -> TrainState:
+    """A fresh state, unplaced. The same seed gives the same weights on every mesh."""
+    _, params, router_bias = split_model(config)
+    # A copy in the making: the average must not share buffers with the weights, which are donated.
+    ema = jax.tree.map(lambda x: x + 0, params) if config.optimizer.ema_decay is not None else None
+    return TrainState(jnp.zeros((), jnp.int32), params, router_bias, make_optimizer(config.optimizer).init(params),
+                      ema, jax.random.key_data(jax.random.key(config.seed)))
+
+
+def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
+    """A tree like `new_state` with the sharding of every leaf: ZeRO for all that has named axes, else replicated."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def one(leaf: Any) -> Any:
+        return shardings(leaf, mesh) if isinstance(leaf, nnx.Variable) else everywhere
+    return jax.tree.map(one, jax.eval_shape(lambda: new_state(config)),
+                        is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """A fresh state on the mesh, each device making only its part."""
+    return jax.jit(lambda: new_state(config), out_shardings=state_shardings(config, mesh))()
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without data: what to restore into, or to compile for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        jax.eval_shape(lambda: new_state(config)), state_shardings(config, mesh))

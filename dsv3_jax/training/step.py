@@ -1,0 +1,118 @@
+"""One training step: gradients, optimizer, router bias, moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.mesh import batch_sharding, gather_for_compute
+from dsv3_jax.precision.recipe import compute_weights
+from dsv3_jax.training.loss import Losses, training_losses
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import StepSettings
+from dsv3_jax.training.state import TrainState, abstract_state, model_structure, state_shardings
+
+LAYER_STACKS = ("dense_layers", "moe_layers", "mtp")
+"""Weights that full sharding gathers layer by layer, where they run."""
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, float32."""
+
+    losses: Losses
+    grad_norm: jax.Array
+    """Global norm before clipping."""
+    load_LE: jax.Array
+    """[MoE layers + MTP depths, E]: tokens sent to each expert in the whole batch."""
+
+
+def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`step(state, tokens, micro_batches, settings) -> (state, metrics)`, to be compiled once.
+
+    tokens is int32 [batch.micro_batches, micro_batch, T + 1 + depth]; the first `micro_batches` (int32 scalar) of them
+    are used, so that a growing batch needs no second program. settings is a `StepSettings` of float32 scalars.
+    """
+    structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
+
+    def loss(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
+             settings: StepSettings) -> tuple[jax.Array, tuple[Losses, jax.Array]]:
+        losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.recompute)
+        total = (losses.main + settings.mtp_weight * losses.mtp + config.model.aux_loss_alpha * losses.balance)
+        return total, (losses, output.stats.load_E)
+
+    def step(state: TrainState, tokens: jax.Array, micro_batches: jax.Array,
+             settings: StepSettings) -> tuple[TrainState, StepMetrics]:
+        weights = weights_for_compute(state.params, config)
+
+        def micro(tokens: jax.Array) -> tuple[nnx.State, tuple[Losses, jax.Array]]:
+            grads, told = jax.grad(loss, has_aux=True)(weights, state.router_bias, tokens, settings)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), told
+        grads, (losses, load_LE) = _mean_over_micro_batches(micro, tokens, micro_batches)
+        with jax.named_scope("optimizer"):
+            direction, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda w, u: w - settings.learning_rate * u, state.params, direction)
+        new = TrainState(state.step + 1, params,
+                         balanced_bias(state.router_bias, load_LE, settings.bias_speed, config.model.num_moe_layers),
+                         optimizer_state, _moving_average(state.ema, params, config.optimizer.ema_decay), state.rng)
+        return new, StepMetrics(losses, optax.tree.norm(grads), load_LE)
+    return step
+
+
+def weights_for_compute(params: nnx.State, config: RunConfig) -> nnx.State:
+    """The weights a step computes with: in compute precision, gathered at once (zero1) or left to the layers (full)."""
+    def ready(path: tuple[Any, ...], weight: nnx.Variable) -> nnx.Variable:
+        later = config.mesh.zero == "full" and path[0] in LAYER_STACKS
+        return weight if later else gather_for_compute(weight)
+    return nnx.map_state(ready, compute_weights(params, config.precision))
+
+
+def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, tuple[Losses, jax.Array]]], tokens: jax.Array,
+                             micro_batches: jax.Array) -> tuple[Any, tuple[Losses, jax.Array]]:
+    """Mean gradients and losses and summed expert load over the first `micro_batches` rows of tokens [M, b, ...]."""
+    if tokens.shape[0] == 1:
+        return micro(tokens[0])
+
+    def add(index: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, micro(jax.lax.dynamic_index_in_dim(tokens, index, keepdims=False)))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, tokens[0]))
+    grads, (losses, load_LE) = jax.lax.fori_loop(0, micro_batches, add, zero)
+    grads, losses = jax.tree.map(lambda x: x / micro_batches, (grads, losses))
+    return grads, (losses, load_LE)
+
+
+def balanced_bias(router_bias: nnx.State, load_LE: jax.Array, speed: jax.Array, moe_layers: int) -> nnx.State:
+    """Moves each bias against its expert's load error: overloaded down, underloaded up, by `speed` (section 2.1.2).
+
+    load_LE has the rows of the stacked MoE layers first, then one for each prediction depth.
+    """
+    move_LE = speed * jnp.sign(jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE)
+
+    def moved(path: tuple[Any, ...], bias: nnx.Variable) -> nnx.Variable:
+        own = move_LE[:moe_layers] if path[0] == "moe_layers" else move_LE[moe_layers + path[1]]
+        return bias.replace(bias.get_value() + own)
+    return nnx.from_flat_state([(path, moved(path, bias)) for path, bias in nnx.to_flat_state(router_bias)])
+
+
+def _moving_average(ema: nnx.State | None, params: nnx.State, decay: float | None) -> nnx.State | None:
+    if decay is None:
+        return None
+    return jax.tree.map(lambda average, now: decay * average + (1 - decay) * now, ema, params)
+
+
+def compile_train_step(config: RunConfig, mesh: Mesh) -> Any:
+    """The compiled step for `mesh`; the state argument is donated."""
+    batch, depth = config.batch, config.model.num_nextn_predict_layers
+    tokens = jax.ShapeDtypeStruct((batch.micro_batches, batch.micro_batch, batch.sequence_length + 1 + depth),
+                                  jnp.int32, sharding=batch_sharding(mesh, leading=1))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
+        return step.lower(abstract_state(config, mesh), tokens, jax.ShapeDtypeStruct((), jnp.int32),
+                          StepSettings(scalar, scalar, scalar)).compile()

@@ -1,0 +1,190 @@
+"""Whole runs: resuming bit for bit, other meshes, crashes, foreign files, and a loss that is not a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ReportConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from dsv3_jax.mesh import make_mesh
+from dsv3_jax.presets import RUNS
+from dsv3_jax.training import loop
+from dsv3_jax.training.checkpoint import Checkpoints, named_leaves
+from dsv3_jax.training.loop import train
+from dsv3_jax.training.metrics import Diverged
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small text that a model can learn: counting, in words."""
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in range(12):
+        lines = [" ".join(words[int(digit)] for digit in str(number)) for number in range(part * 300, part * 300 + 300)]
+        (folder / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path_factory) -> RunConfig:
+    return dataclasses.replace(
+        RUNS["tiny"], steps=20, batch=BatchConfig(sequences=8, sequence_length=32),
+        data=DataConfig(path=str(corpus), tokenizer="bytes", validation_share=0.2,
+                        cache_dir=str(corpus.parent / "cache")),
+        checkpoint=CheckpointConfig(every=10, keep=5), mesh=MeshConfig(data=1))
+
+
+@pytest.fixture(autouse=True)
+def one_device_unless_asked(monkeypatch):
+    """A mesh takes as many of the 8 simulated devices as it names."""
+    def some(config, devices=None):
+        return make_mesh(config, jax.devices()[:(config.data or 1) * config.scale_out * config.scale_up])
+    monkeypatch.setattr(loop, "make_mesh", some)
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [r["loss"] for r in _records(run_dir) if "loss" in r]
+
+
+def _final_state(config: RunConfig, run_dir: Path) -> dict[str, np.ndarray]:
+    mesh = loop.make_mesh(config.mesh)
+    state, _ = Checkpoints(run_dir / "checkpoints", keep=5).restore(config, mesh)
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+
+
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    summary = train(tiny, whole, _quiet)
+    train(dataclasses.replace(tiny, steps=10), parts, _quiet)
+    said: list[str] = []
+    resumed = train(tiny, parts, said.append)
+    assert resumed["resumed_from"] == 10
+    assert any("resuming from step 10" in line for line in said)
+    assert _losses(parts) == _losses(whole)
+    assert len(_losses(whole)) == 20
+    a, b = _final_state(tiny, whole), _final_state(tiny, parts)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert any(name.startswith("ema") for name in a)
+    assert any("e_score_correction_bias" in name and np.abs(a[name]).max() > 0 for name in a)
+    assert summary["loss"] == resumed["loss"]
+
+
+def test_it_learns_and_reports(tiny, tmp_path):
+    config = dataclasses.replace(tiny, steps=40, report=ReportConfig(evaluate_every=20, sample_every=20,
+                                                                     sample_prompt="one two", sample_tokens=5,
+                                                                     tensorboard=True))
+    said: list[str] = []
+    summary = train(config, tmp_path / "run", said.append)
+    records = _records(tmp_path / "run")
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "validation_bits_per_byte" in r]
+    assert [r["step"] for r in steps] == list(range(1, 41))
+    assert [r["step"] for r in evaluations] == [20, 40]
+    assert {"step", "loss", "mtp_loss", "bits_per_byte", "learning_rate", "grad_norm", "step_ms", "tokens_per_second",
+            "load_max_over_mean", "dead_experts"} <= steps[0].keys()
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert steps[-1]["mtp_loss"] < 0.6 * steps[0]["mtp_loss"]
+    assert evaluations[1]["validation_bits_per_byte"] < evaluations[0]["validation_bits_per_byte"]
+    assert summary["validation_bits_per_byte"] == evaluations[1]["validation_bits_per_byte"]
+    assert any(line.startswith("sample step 20") for line in said)
+    assert sum(line.startswith("step ") for line in said) == 40
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents*"))
+    loads = [json.loads(line) for line in (tmp_path / "run" / "expert_load.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(np.sum(loads[0]["share"], axis=-1), 1, atol=1e-3)
+
+
+def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(tiny, tmp_path):
+    """20 steps in float32: losses differ by rounding alone (4e-7 seen). Then the state saved on 8 devices continues on
+    2, and that of one device on one; restoring on any mesh gives the same bits."""
+    eight = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=4))
+    train(tiny, tmp_path / "one", _quiet)
+    train(eight, tmp_path / "eight", _quiet)
+    np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=3e-6)
+    two = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_up=2))
+    saved = _final_state(eight, tmp_path / "eight")
+    for config in (tiny, two):
+        for name, value in _final_state(config, tmp_path / "eight").items():
+            np.testing.assert_array_equal(value, saved[name], err_msg=name)
+    for folder, config in (("one", eight), ("eight", two)):
+        longer = dataclasses.replace(config, steps=22)
+        assert train(longer, tmp_path / folder, _quiet)["resumed_from"] == 20
+    np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=3e-6)
+
+
+def test_another_configuration_is_refused(tiny, tmp_path):
+    train(dataclasses.replace(tiny, steps=2), tmp_path / "run", _quiet)
+    other = dataclasses.replace(tiny, seed=1, batch=BatchConfig(sequences=4, sequence_length=32))
+    with pytest.raises(ConfigError, match=r"batch.sequences: 8 -> 4; seed: 0 -> 1.*--run-dir"):
+        train(other, tmp_path / "run", _quiet)
+
+
+def test_truncated_and_foreign_checkpoints_are_named(tiny, tmp_path):
+    config = dataclasses.replace(tiny, steps=4, checkpoint=CheckpointConfig(every=2, keep=5))
+    train(config, tmp_path / "run", _quiet)
+    latest = tmp_path / "run" / "checkpoints" / "4"
+    for file in (latest / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"checkpoints/4 cannot be read.*--resume-from 2"):
+        train(dataclasses.replace(config, steps=6), tmp_path / "run", _quiet)
+    assert train(dataclasses.replace(config, steps=6), tmp_path / "run", _quiet, resume_from=2)["resumed_from"] == 2
+    assert Checkpoints(tmp_path / "run" / "checkpoints", keep=5).steps() == [2, 4, 6]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "about")
+    with pytest.raises(ConfigError, match=r"checkpoints/6 cannot be read.*--resume-from 4"):
+        train(dataclasses.replace(config, steps=8), tmp_path / "run", _quiet)
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 5.*\[2, 4, 6\]"):
+        train(dataclasses.replace(config, steps=8), tmp_path / "run", _quiet, resume_from=5)
+
+
+def test_loss_that_is_not_a_number_stops_the_run(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, checkpoint=CheckpointConfig(every=2),
+        schedule=dataclasses.replace(tiny.schedule, peak_learning_rate=1e38, warmup_steps=0))
+    with pytest.raises(Diverged, match=r"between steps \d+ and \d+"):
+        train(config, tmp_path / "run", _quiet)
+    for step in Checkpoints(tmp_path / "run" / "checkpoints", keep=5).steps():
+        assert all(np.isfinite(r["loss"]) for r in _records(tmp_path / "run") if r["step"] <= step)
+
+
+def test_batch_that_does_not_divide_is_named(tiny, tmp_path):
+    config = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=4),
+                                 batch=BatchConfig(sequences=12, sequence_length=32))
+    with pytest.raises(ConfigError, match=r"12/1=12.*\(8\)"):
+        train(config, tmp_path / "run", _quiet)
+
+
+def test_growing_batch_counts_its_sequences(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, steps=12, schedule=ScheduleConfig(warmup_steps=2, peak_learning_rate=1e-3),
+        batch=BatchConfig(sequences=8, sequence_length=32, micro_batches=4, ramp_from=2, ramp_until=0.5),
+        checkpoint=CheckpointConfig(every=5, keep=5))
+    train(config, tmp_path / "run", _quiet)
+    tokens = [round(r["tokens_per_second"] * r["step_ms"] / 1e3) for r in _records(tmp_path / "run") if "loss" in r]
+    assert tokens[0] == 2 * 32
+    assert tokens[-1] == 8 * 32
+    assert tokens == sorted(tokens)
