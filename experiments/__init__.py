@@ -1,0 +1,1 @@
+"""Scripts a person runs. Each has a --help worth reading."""

@@ -1,0 +1,78 @@
+"""What the scripts share: presets with dotted overrides, --json, and errors without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.training.metrics import Diverged
+
+
+def take_option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the other arguments."""
+    rest, value, skip = [], default, False
+    for index, argument in enumerate(arguments):
+        if skip:
+            skip = False
+        elif argument == name and index + 1 < len(arguments):
+            value, skip = arguments[index + 1], True
+        elif argument.startswith(name + "="):
+            value = argument[len(name) + 1:]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def say_line(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def standard_output_for_json(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """With `wanted`, sends all that is printed inside, by libraries too, to standard error.
+
+    Yields a function that writes one JSON value to the real standard output.
+    """
+    if not wanted:
+        yield lambda value: None
+        return
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+
+    def write(value: Any) -> None:
+        os.write(real, (json.dumps(value, indent=2) + "\n").encode())
+    try:
+        yield write
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def finish(main: Callable[[], Any]) -> None:
+    """Runs a script: a user's error becomes one line and exit status 2, a diverged run one line and status 3."""
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
+    print(json.dumps(value, indent=2))

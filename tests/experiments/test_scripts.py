@@ -1,0 +1,156 @@
+"""The scripts as a person runs them: in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--preset", "tiny", "--batch.sequence-length", "32", "--data.validation-share", "0.2"]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                         "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tests" / ".cache"), "PYTHONPATH": str(ROOT)}
+
+
+def _start(script: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)], text=True,
+                            env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+
+
+def _run(script: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+    process = _start(script, *arguments)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == status, err[-3000:] + out[-3000:]
+    return out, err
+
+
+def _losses(run_dir: Path) -> list[float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for part in range(10):
+        (folder / f"{part}.txt").write_text("".join(f"{n} times {part} is {n * part}.\n" for n in range(300)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory) -> tuple[Path, dict]:
+    """A finished run and the JSON it printed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    out, err = _run("train.py", *SMALL, "--data.path", text, "--steps", 20, "--run-dir", run_dir, "--json")
+    assert "step 20/20" in err
+    return run_dir, json.loads(out)
+
+
+def test_train_prints_one_json_value(finished):
+    run_dir, summary = finished
+    assert summary["finished"]
+    assert summary["step"] == 20
+    assert summary["validation_bits_per_byte"] > 0
+    assert json.loads((run_dir / "config.json").read_text())["batch"]["sequence_length"] == 32
+
+
+def test_generate_streams_text_that_repeats_with_its_seed(finished):
+    run_dir, _ = finished
+    texts = [_run("generate.py", run_dir, "--prompt", "12 times", "--tokens", 12, "--seed", 3)[0] for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("12 times")
+    made = json.loads(_run("generate.py", run_dir, "--prompt", "12 times", "--tokens", 12, "--seed", 3, "--json")[0])
+    assert "12 times" + made["text"] == texts[0].rstrip("\n")
+
+
+def test_plot_is_a_picture(finished):
+    run_dir, _ = finished
+    out, _ = _run("plot_run.py", run_dir)
+    assert Path(out.strip()).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--preset", "deepseek_v4"], ["deepseek_v4", "deepseek_v3"]),
+    (["--preset", "tiny", "--mesh.scale-upp", "2"], ["mesh.scale-upp", "mesh.scale-up"]),
+    (["--preset", "tiny", "--mesh.scale-up", "5"], ["n_routed_experts (16)", "1*5=5"]),
+    (["--preset", "tiny", "--mesh.scale-up", "4"], ["--mesh.simulate-devices 4"]),
+    (["--preset", "tiny", "--data.path", "/no/such/folder"], ["data.path", "/no/such/folder"]),
+    (["--preset", "tiny", "--model.vocab-size", "100"], ["vocab_size", "100"]),
+])
+def test_mistakes_are_explained(arguments, words, tmp_path):
+    _, err = _run("train.py", *arguments, "--run-dir", tmp_path / "run", status=2)
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_token_ids_outside_the_vocabulary_are_named(tmp_path):
+    ids = np.arange(5000) % 300
+    ids[3210] = 777
+    np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
+    _, err = _run("train.py", *SMALL, "--data.path", tmp_path / "ids.npy", "--run-dir", tmp_path / "run", status=2)
+    assert "777" in err
+    assert "3210" in err
+
+
+def test_count_parameters_as_json():
+    count = json.loads(_run("count_parameters.py", "--preset", "deepseek_v3", "--json")[0])
+    assert round(count["main"] / 1e9, 2) == 671.03
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_run_resumes(text, tmp_path, kill):
+    """SIGTERM saves and stops; SIGKILL, aimed at a run that saves after every step, leaves a usable checkpoint."""
+    run_dir = tmp_path / "run"
+    command = [*SMALL, "--data.path", text, "--run-dir", run_dir, "--checkpoint.every", 1, "--report.evaluate-every", 0]
+    process = _start("train.py", *command, "--steps", 100000, "--schedule.horizon-steps", 30)
+    deadline = time.time() + 200
+    while time.time() < deadline and not list((run_dir / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.2)
+        assert process.poll() is None, process.communicate()[1][-2000:]
+    time.sleep(1.0)
+    process.send_signal(kill)
+    out, _ = process.communicate(timeout=120)
+    if kill == signal.SIGTERM:
+        assert "asked by a signal" in out
+        assert process.returncode == 0
+    reached = len(_losses(run_dir))
+    out, _ = _run("train.py", *command, "--steps", reached + 3, "--schedule.horizon-steps", 30)
+    assert "resuming from step" in out
+    assert len(_losses(run_dir)) == reached + 3
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_give_the_losses_of_one(text, tmp_path):
+    """2 processes of 4 simulated devices against 1 process of 8, and the checkpoint of the two continues in the one."""
+    mesh = ["--mesh.scale-out", 2, "--mesh.scale-up", 4]
+    common = [*SMALL, "--data.path", text, *mesh]
+    _run("train.py", *common, "--steps", 6, "--mesh.simulate-devices", 8, "--run-dir", tmp_path / "one")
+    address = f"127.0.0.1:{_free_port()}"
+    processes = [_start("train.py", *common, "--steps", 6, "--mesh.simulate-devices", 4, "--run-dir", tmp_path / "two",
+                        "--distributed.coordinator", address, "--distributed.processes", 2,
+                        "--distributed.process", index) for index in range(2)]
+    outputs = [process.communicate(timeout=400) for process in processes]
+    for process, (_, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    assert "step 6/6" in outputs[0][0]
+    assert "step " not in outputs[1][0]  # one process reports
+    np.testing.assert_allclose(_losses(tmp_path / "two"), _losses(tmp_path / "one"), rtol=1e-5)
+    out, _ = _run("train.py", *common, "--steps", 8, "--mesh.simulate-devices", 8, "--run-dir", tmp_path / "two")
+    assert "resuming from step 6" in out
