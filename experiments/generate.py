@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
 
@@ -60,7 +61,6 @@ def main() -> None:
         raise ConfigError(f"run folder {arguments.run_dir} has no tokenizer.json: it was trained on bare token ids, "
                           "which can't be shown as text")
     tokenizer = Tokenizer.load(arguments.run_dir / "tokenizer.json")
-    import jax
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state, position = Checkpoints(arguments.run_dir / "checkpoints", keep=10 ** 6).restore(
         config, mesh, arguments.step)
