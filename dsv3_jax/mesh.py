@@ -122,6 +122,11 @@ def shardings(state: Any, mesh: Mesh, table: dict[str, tuple[str, ...]] = STORAG
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of an array whose dimension number `leading` is the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class ParameterCount(NamedTuple):
     """Weights by part of the model; sums to main + mtp."""
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts the weights of the model that `config` builds, without allocating it."""
     state = jax.eval_shape(lambda: nnx.state(DeepSeekV3(config, nnx.Rngs(0)), nnx.Param))

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.mesh import BATCH_AXES, batch_sharding
+from dsv3_jax.mesh import batch_sharding, batch_shards
 from dsv3_jax.training.state import model_structure
 from dsv3_jax.training.step import weights_for_compute
 
@@ -25,7 +25,7 @@ class Generator:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._window = config.batch.sequence_length
-        self._rows = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+        self._rows = batch_shards(mesh)
         structure = model_structure(config)
 
         def next_token(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, length: jax.Array,

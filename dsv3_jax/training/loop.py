@@ -22,7 +22,7 @@ from dsv3_jax.codesign.counting import count_parameters, training_flops_per_toke
 from dsv3_jax.codesign.hardware import peak_bf16_flops
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.inference.generate import Generator
-from dsv3_jax.mesh import BATCH_AXES, batch_sharding, make_mesh
+from dsv3_jax.mesh import batch_sharding, batch_shards, make_mesh
 from dsv3_jax.training import runtime
 from dsv3_jax.training.batches import Batches
 from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
@@ -76,7 +76,6 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to `config.steps`, or to a signal; returns a summary of plain values."""
-        began = time.perf_counter()
         self._banner()
         state, start = self._start_state()
         if start.step >= self.config.steps:
@@ -100,8 +99,7 @@ class Trainer:
             log.close()
         return {"run_dir": str(self.run_dir), "finished": position.step >= self.config.steps, **self._record,
                 **self._evaluation,
-                "step": position.step, "resumed_from": start.step, "compile_seconds": compile_seconds,
-                "seconds": time.perf_counter() - began}
+                "step": position.step, "resumed_from": start.step, "compile_seconds": compile_seconds}
 
     def _start_state(self) -> tuple[TrainState, Position]:
         if self.resume_from is None and not self.checkpoints.steps():
@@ -157,9 +155,8 @@ class Trainer:
             while ready is not None:
                 (position, sequences, settings), tokens = ready
                 ready = submit()
-                after = Position(position.step + 1, position.sequences + sequences)
                 yield (sequences, settings, tokens.result(),
-                       jnp.int32(sequences // self.config.batch.micro_batch), after)
+                       jnp.int32(sequences // self.config.batch.micro_batch), position.after(sequences))
 
     def _tokens(self, position: Position, sequences: int) -> jax.Array:
         """int32 [micro_batches, micro_batch, T + lookahead]; each process reads only the rows its devices hold."""
@@ -276,7 +273,7 @@ class _StopOnSignal:
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = batch_shards(mesh)
     if config.batch.micro_batch % shards:
         raise ConfigError(
             f"batch.sequences/batch.micro_batches ({config.batch.sequences}/{config.batch.micro_batches}="

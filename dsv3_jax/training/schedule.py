@@ -19,6 +19,10 @@ class Position:
     sequences: int = 0
     """Sequences read: the data position."""
 
+    def after(self, sequences: int) -> Position:
+        """The position one step of `sequences` later."""
+        return Position(self.step + 1, self.sequences + sequences)
+
 
 class StepSettings(NamedTuple):
     """Scalars that a step takes as arguments, so that no schedule is compiled in: floats here, arrays in the step."""
@@ -79,4 +83,4 @@ def walk(config: RunConfig, start: Position) -> Iterator[tuple[Position, int, St
     while position.step < config.steps:
         sequences = batch_sequences(config.batch, position.sequences, total)
         yield position, sequences, settings(config.schedule, position.step, position.sequences / total)
-        position = Position(position.step + 1, position.sequences + sequences)
+        position = position.after(sequences)

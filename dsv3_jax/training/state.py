@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ def split_model(config: RunConfig, key: jax.Array | None = None) -> tuple[nnx.Gr
     return structure, params, others[0]
 
 
+@functools.cache
 def model_structure(config: RunConfig) -> nnx.GraphDef:
     """The static half of the model, for `nnx.merge`."""
     structure = []
