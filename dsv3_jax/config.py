@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, its value and the remedy."""
+
+
+Recompute = Literal["none", "paper", "experts", "full"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -145,6 +149,9 @@ class MeshConfig:
     zero: Literal["zero1", "full"] = "zero1"
     """zero1 shards optimizer state and master weights and gathers the compute weights once a step;
     full gathers each layer's weights when it runs, for less memory and more traffic."""
+    capacity_factor: float = 1.5
+    """Rows that a dispatch buffer holds, over the balanced load (at least 1). What exceeds it goes in further rounds,
+    at the price of time: nothing is dropped. Has no effect without expert parallelism."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 
@@ -152,12 +159,30 @@ class MeshConfig:
         for name in ("pipe", "data", "scale_out", "scale_up", "simulate_devices"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"mesh.{name} ({value}) must be at least 1")
+        _require_capacity("mesh.capacity_factor", self.capacity_factor)
         _require(self.pipe == 1, f"mesh.pipe ({self.pipe}) must be 1: no pipeline schedule is built yet; "
                  "use mesh.data, mesh.scale_out and mesh.scale_up")
 
     @property
     def expert_parallel(self) -> int:
         return self.scale_out * self.scale_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed; none of it changes what is computed, beyond rounding."""
+
+    recompute: Recompute = "none"
+    """See `RunConfig.recompute`."""
+    capacity_factor: float = 1.5
+    """See `MeshConfig.capacity_factor`."""
+
+    def __post_init__(self) -> None:
+        _require_capacity("capacity_factor", self.capacity_factor)
+
+
+def _require_capacity(name: str, factor: float) -> None:
+    _require(1 <= factor < math.inf, f"{name} ({factor}) must be at least 1, room for the balanced load, and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,9 +357,9 @@ class RunConfig:
     steps: int = 100
     precision: Literal["bf16", "float32"] = "bf16"
     """Type of activations and compute weights. Router, norms, softmax and losses are float32 in both."""
-    recompute: Literal["none", "paper", "full"] = "paper"
-    """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3);
-    or each whole layer."""
+    recompute: Recompute = "paper"
+    """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3); those
+    and the routed experts with their dispatch; or each whole layer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -343,6 +368,10 @@ class RunConfig:
                  f"batch.sequence_length ({self.batch.sequence_length}) must not exceed "
                  f"model.max_position_embeddings ({self.model.max_position_embeddings})")
         check_expert_layout(self.model, self.mesh)
+
+    @property
+    def execution(self) -> Execution:
+        return Execution(self.recompute, self.mesh.capacity_factor)
 
     @property
     def horizon_steps(self) -> int:

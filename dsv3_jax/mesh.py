@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,13 +32,28 @@ EXPERT_AXES = ("scale_out", "scale_up")
 
 # Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
 # first that divides takes an axis (ZeRO). `COMPUTE` lays out weights while they are used: only experts stay apart.
+# The slowest network is the minor axis of storage, so that `gather_for_compute` can bring the small parts over it first
+# and the whole over the fast one.
 COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES, "layer": ("pipe",)}
 STORAGE: dict[str, tuple[str, ...]] = COMPUTE | {
-    name: BATCH_AXES for name in ("embed", "vocab", "heads", "latent", "mlp")}
+    name: ("scale_up", "scale_out", "data") for name in ("embed", "vocab", "heads", "latent", "mlp")}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def fast_domain(device: Any) -> int:
+    """Which group of devices joined by the fast network `device` is in: its slice as JAX tells it (of TPUs, or of GPU
+    hosts that share NVLink), or else its host."""
+    slice_index = getattr(device, "slice_index", None)
+    if slice_index is None:
+        return 0 if device.platform == "tpu" else device.process_index
+    return slice_index
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None,
+              domain_of: Callable[[Any], int] = fast_domain) -> Mesh:
     """The mesh of `config` over `devices` (default: all), with scale_up inside one fast domain.
+
+    Args:
+      domain_of: the fast domain of a device.
 
     Raises:
       ConfigError: too few devices, devices left over, or scale_up that straddles fast domains.
@@ -57,19 +72,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(f"mesh pipe*data*scale_out*scale_up ({'*'.join(map(str, shape))}={needed}) leaves "
                           f"{len(devices) - needed} of {len(devices)} devices idle: leave mesh.data unset, or make "
                           "the axes' product equal the number of devices")
-    return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange(devices, shape, domain_of), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _fast_domain(device: Any) -> int:
-    """Which group of devices joined by the fast network `device` is in: its slice, or else its host."""
-    slice_index = getattr(device, "slice_index", None)
-    return device.process_index if slice_index is None else slice_index
-
-
-def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+def _arrange(devices: Sequence[Any], shape: tuple[int, ...],
+             domain_of: Callable[[Any], int] = fast_domain) -> np.ndarray:
     domains: dict[int, list[Any]] = {}
-    for device in sorted(devices, key=lambda d: (_fast_domain(d), d.id)):
-        domains.setdefault(_fast_domain(device), []).append(device)
+    for device in sorted(devices, key=lambda d: (domain_of(d), d.id)):
+        domains.setdefault(domain_of(device), []).append(device)
     size = len(devices) // len(domains)
     if any(len(members) != size for members in domains.values()):
         raise ConfigError(f"fast domains (hosts or slices) have unequal sizes "
@@ -86,7 +96,7 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     blocks = np.empty(tuple(outer), dtype=object)
     for index, members in zip(np.ndindex(*outer), domains.values(), strict=True):
         on_torus = members[0].platform == "tpu"
-        blocks[index] = (mesh_utils.create_device_mesh(inner, members) if on_torus
+        blocks[index] = (mesh_utils.create_device_mesh(inner, members, allow_split_physical_axes=True) if on_torus
                          else np.array(members, dtype=object).reshape(inner))
     return np.block(blocks.tolist())
 
@@ -142,8 +152,10 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def gather_for_compute(state: Any) -> Any:
     """`state` (variables with `axes` metadata) laid out for use; gradients go back in the storage layout.
 
-    The forward all-gathers what ZeRO spread; the backward asks for the spread layout at once, so that the compiler
-    emits a reduce-scatter rather than an all-reduce and a slice.
+    The forward all-gathers what ZeRO spread, one mesh axis after the other: slow networks first, while the parts are
+    small. (XLA:TPU would turn one gather over all dimensions of a torus into an all-reduce, of twice the bytes.) The
+    backward asks for the spread layout at once, so that the compiler emits a reduce-scatter where it can rather than an
+    all-reduce and a slice.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -153,13 +165,26 @@ def gather_for_compute(state: Any) -> Any:
         value, axes = variable.get_value(), variable.get_metadata("axes")
         compute = partition_spec(axes, value.shape, COMPUTE, mesh)
         storage = partition_spec(axes, value.shape, STORAGE, mesh)
-        return variable.replace(_relayout(value, compute, storage))
+        return variable.replace(_relayout(value, (*_gather_steps(storage, compute), compute), storage))
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def _gather_steps(storage: PartitionSpec, compute: PartitionSpec) -> Iterator[PartitionSpec]:
+    """The layouts between storage and compute: `storage` without data, then without scale_out either, as far as
+    `compute` does not use them."""
+    used = {axis for axes in compute for axis in axes or ()}
+    spec = [tuple(axes or ()) for axes in storage]
+    for axis in ("data", "scale_out"):
+        if axis not in used and any(axis in axes for axes in spec):
+            spec = [tuple(name for name in axes if name != axis) for axes in spec]
+            yield PartitionSpec(*(axes or None for axes in spec))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _relayout(x: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, forward)
+def _relayout(x: jax.Array, forward: tuple[PartitionSpec, ...], backward: PartitionSpec) -> jax.Array:
+    for spec in forward:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x
 
 
 _relayout.defvjp(lambda x, forward, backward: (_relayout(x, forward, backward), None),

@@ -115,3 +115,6 @@ RUNS: dict[str, RunConfig] = {
         report=ReportConfig(evaluate_every=0),
         steps=20, precision="float32"),
 }
+
+# The pod that a layout is made for.
+PODS: dict[str, str] = {}

@@ -12,7 +12,6 @@ step, saves, and stops.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,11 @@ from typing import Annotated
 import jax
 import tyro
 
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import RunConfig
 from dsv3_jax.presets import RUNS
 from dsv3_jax.training import runtime
 from dsv3_jax.training.loop import train
-from experiments.command_line import finish, say_line, standard_output_for_json, take_option
+from experiments.command_line import finish, preset_named, say_line, standard_output_for_json, take_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +43,7 @@ class Arguments:
 def parse(arguments: list[str]) -> Arguments:
     """Arguments over the chosen preset's defaults."""
     preset, rest = take_option(arguments, "--preset", "quickstart")
-    if preset not in RUNS:
-        near = difflib.get_close_matches(preset, RUNS, n=1)
-        raise ConfigError(f"--preset {preset} is unknown{f'; did you mean {near[0]}' if near else ''}? "
-                          f"Choose from {', '.join(RUNS)}")
-    return tyro.cli(Arguments, args=rest, default=Arguments(config=RUNS[preset], preset=preset),
+    return tyro.cli(Arguments, args=rest, default=Arguments(config=preset_named(preset), preset=preset),
                     description=__doc__, config=(tyro.conf.AvoidSubcommands,))
 
 

@@ -7,10 +7,12 @@ scatter of rows, forward or backward.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Permutation(NamedTuple):
@@ -32,18 +34,34 @@ def permutation(bucket_RK: jax.Array, starts_N: jax.Array, slots: int) -> Permut
       slots: S, static.
     """
     flat, buckets = bucket_RK.reshape(-1), starts_N.shape[0]
-    ranks = jnp.cumsum(flat[:, None] == jnp.arange(buckets), axis=0, dtype=jnp.int32)
-    rank = jnp.take_along_axis(ranks, jnp.minimum(flat, buckets - 1)[:, None], axis=1)[:, 0] - 1
-    slot = jnp.where(flat < buckets, starts_N[jnp.minimum(flat, buckets - 1)] + rank, -1)
-    # The inverse by sorting: a scatter would run row by row on CPU.
-    in_order = jnp.argsort(flat, stable=True)
-    counts_N = ranks[-1]
+    in_bucket_NF = flat == jnp.arange(buckets)[:, None]
+    ranks_NF = jnp.cumsum(in_bucket_NF, axis=1, dtype=jnp.int32)
+    slot_F = jnp.sum(jnp.where(in_bucket_NF, starts_N[:, None] + ranks_NF, 0), axis=0) - 1
+    slot = jnp.where(flat < buckets, slot_F, -1)
     slot_S = jnp.arange(slots)
-    bucket_S = jnp.searchsorted(starts_N, slot_S, side="right") - 1
+    bucket_S = jnp.sum(slot_S >= starts_N[:, None], axis=0) - 1
     rank_S = slot_S - starts_N[bucket_S]
-    choice_S = in_order[jnp.minimum((jnp.cumsum(counts_N) - counts_N)[bucket_S] + rank_S, flat.shape[0] - 1)]
-    choice_S = jnp.where(rank_S < counts_N[bucket_S], choice_S, -1)
-    return Permutation(choice_S.astype(jnp.int32), slot.astype(jnp.int32).reshape(bucket_RK.shape))
+    choice_S = jnp.where(rank_S < ranks_NF[bucket_S, -1], _choice_of_rank(ranks_NF, bucket_S, rank_S), -1)
+    # Named: a backward that recomputes can keep these few integers and spare the search and what led to it.
+    return Permutation(checkpoint_name(choice_S.astype(jnp.int32), "plan"),
+                       checkpoint_name(slot.astype(jnp.int32).reshape(bucket_RK.shape), "plan"))
+
+
+def _choice_of_rank(ranks_NF: jax.Array, bucket_S: jax.Array, rank_S: jax.Array) -> jax.Array:
+    """The first choice at which a bucket has counted more than `rank` choices, by bisection.
+
+    The inverse of `slot` without a sort, which XLA:TPU takes many seconds to compile, and without a scatter.
+    """
+    choices = ranks_NF.shape[1]
+    ranks, start_S = ranks_NF.reshape(-1), bucket_S * choices
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        before = ranks[start_S + middle] <= rank_S
+        return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
+    bounds = (jnp.zeros_like(rank_S), jnp.full_like(rank_S, choices - 1))
+    return jax.lax.fori_loop(0, choices.bit_length(), halve, bounds)[0]
 
 
 def group_counts(bucket_RK: jax.Array, buckets: int) -> jax.Array:
@@ -58,20 +76,49 @@ def copy_to_slots(rows_RD: jax.Array, plan: Permutation) -> jax.Array:
     return jnp.where(plan.choice_S[:, None] >= 0, rows_RD[jnp.maximum(row_S, 0)], 0)
 
 
-@jax.custom_vjp
-def sum_from_slots(slots_SD: jax.Array, plan: Permutation) -> jax.Array:
-    """[S, D] -> [R, D]: the float32 sum of each row's copies, in the dtype of the slots."""
+def sum_from_slots(slots_SD: jax.Array, plan: Permutation, dtype: jnp.dtype | None = None) -> jax.Array:
+    """[S, D] -> [R, D]: the float32 sum of each row's copies, rounded once to `dtype` (None: that of the slots)."""
+    return _sum(slots_SD, plan, slots_SD.dtype, slots_SD.dtype if dtype is None else jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sum(slots_SD: jax.Array, plan: Permutation, slots_dtype: jnp.dtype, dtype: jnp.dtype) -> jax.Array:
+    return _float32_sum(slots_SD, None, plan).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def weighted_sum_from_slots(slots_SD: jax.Array, weights_S: jax.Array, plan: Permutation,
+                            dtype: jnp.dtype) -> jax.Array:
+    """[S, D] -> [R, D]: the float32 sum of each row's copies times their float32 weights, rounded once to `dtype`."""
+    return _float32_sum(slots_SD, weights_S, plan).astype(dtype)
+
+
+def _float32_sum(slots_SD: jax.Array, weights_S: jax.Array | None, plan: Permutation) -> jax.Array:
     total = jnp.zeros((plan.slot_RK.shape[0], slots_SD.shape[1]), jnp.float32)
     for k in range(plan.slot_RK.shape[1]):
         slot_R = plan.slot_RK[:, k]
-        total += jnp.where(slot_R[:, None] >= 0, slots_SD[jnp.maximum(slot_R, 0)], 0).astype(jnp.float32)
-    return total.astype(slots_SD.dtype)
+        rows = slots_SD[jnp.maximum(slot_R, 0)].astype(jnp.float32)
+        if weights_S is not None:
+            rows *= weights_S[jnp.maximum(slot_R, 0)][:, None]
+        total += jnp.where(slot_R[:, None] >= 0, rows, 0)
+    return total
+
+
+def _weighted_sum_backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array, Permutation],
+                           grads_RD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    slots_SD, weights_S, plan = saved
+    grads_SD = copy_to_slots(grads_RD.astype(slots_SD.dtype), plan).astype(jnp.float32)
+    return ((grads_SD * weights_S[:, None]).astype(slots_SD.dtype),
+            jnp.sum(grads_SD * slots_SD.astype(jnp.float32), axis=1), None)
 
 
 copy_to_slots.defvjp(lambda rows, plan: (copy_to_slots(rows, plan), plan),
                      lambda plan, grads: (sum_from_slots(grads, plan), None))
-sum_from_slots.defvjp(lambda slots, plan: (sum_from_slots(slots, plan), plan),
-                      lambda plan, grads: (copy_to_slots(grads, plan), None))
+_sum.defvjp(lambda slots, plan, slots_dtype, dtype: (_sum(slots, plan, slots_dtype, dtype), plan),
+            lambda slots_dtype, dtype, plan, grads: (copy_to_slots(grads.astype(slots_dtype), plan), None))
+weighted_sum_from_slots.defvjp(
+    lambda slots, weights, plan, dtype: (weighted_sum_from_slots(slots, weights, plan, dtype), (slots, weights, plan)),
+    _weighted_sum_backward)
 
 
 def choices_to_slots(values_RK: jax.Array, plan: Permutation) -> jax.Array:

@@ -31,7 +31,7 @@ class Generator:
         def next_token(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, length: jax.Array,
                        key: jax.Array, temperature: jax.Array) -> jax.Array:
             model = nnx.merge(structure, weights_for_compute(params, config), router_bias)
-            hidden = model(tokens, mtp=False).hidden_BTD[:, length - 1]
+            hidden = model(tokens, mtp=False, execution=config.execution).hidden_BTD[:, length - 1]
             logits_V = model.logits(hidden)[0]
             drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
             return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))

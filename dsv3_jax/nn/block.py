@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, ModelConfig, Recompute
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.attention import MultiHeadLatentAttention
 from dsv3_jax.nn.linear import FeedForward
 from dsv3_jax.nn.moe import MixtureOfExperts, RouterStats
 from dsv3_jax.nn.norm import RMSNorm
 
-Recompute = Literal["none", "paper", "full"]
-
-# Kept for the backward under "paper": outputs of matrix products and of communication. Computed again: norms,
-# up-projections from the latents, SwiGLU (paper 2, section 3.2.3), and the cheap rest.
-_KEPT = ("latent", "attention_out", "ffn_inner", "dispatched", "expert_out", "residual")
-
+# What the backward keeps at each level of recomputation. "plan" is the dispatch's few integers: to compute them again
+# would search and communicate again. "paper" computes again norms, up-projections from the latents and SwiGLU
+# (paper 2, section 3.2.3) and keeps the outputs of other matrix products and of communication. "experts" keeps those of
+# attention and of the dense and shared feed-forward only, so it dispatches again: a routed row is kept by the device it
+# was sent to, num_experts_per_tok times and with the room of the buffers.
+_KEPT_BY_EXPERTS = ("plan", "latent", "attention_out", "residual", "ffn_inner")
+_KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner", "expert_out"), "experts": _KEPT_BY_EXPERTS,
+         "full": ("plan",)}
 
 SHORT_STACK = 4
 """Up to this many layers a stack is unrolled: a scan copies every layer's residuals into stacked arrays and back,
@@ -31,8 +33,13 @@ def recomputed(function: Callable, recompute: Recompute) -> Callable:
     """`function` with the activations that its backward keeps chosen by `recompute`."""
     if recompute == "none":
         return function
-    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT) if recompute == "paper" else None
-    return jax.checkpoint(function, policy=policy)
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*_KEPT[recompute]))
+
+
+def gathered(module: Any) -> Any:
+    """`module` with its weights laid out for use, see `mesh.gather_for_compute`."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gather_for_compute(state))
 
 
 class Block(nnx.Module):
@@ -45,12 +52,14 @@ class Block(nnx.Module):
         self.mlp = (MixtureOfExperts(config, rngs) if moe else
                     FeedForward(config.hidden_size, config.intermediate_size, config.initializer_range, rngs))
 
-    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, RouterStats | None]:
+    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array,
+                 execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """[B, T, D] -> ([B, T, D], routing statistics or None for a dense layer)."""
         hidden_BTD += self.self_attn(self.input_layernorm(hidden_BTD), positions_T)
         hidden_BTD = jax.ad_checkpoint.checkpoint_name(constrain_batch(hidden_BTD), "residual")
         normed = self.post_attention_layernorm(hidden_BTD)
-        out, stats = self.mlp(normed) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(normed), None)
+        out, stats = (self.mlp(normed, execution) if isinstance(self.mlp, MixtureOfExperts)
+                      else (self.mlp(normed), None))
         return constrain_batch(hidden_BTD + out), stats
 
 
@@ -64,11 +73,11 @@ def stack_of(layers: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs
 
 
 def run_stack(blocks: Block, hidden_BTD: jax.Array, positions_T: jax.Array,
-              recompute: Recompute) -> tuple[jax.Array, RouterStats | None]:
+              execution: Execution) -> tuple[jax.Array, RouterStats | None]:
     """Runs a stack of blocks; statistics gain a leading layer dimension."""
     graphdef, layers = nnx.split(blocks)
 
     def step(hidden_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, RouterStats | None]:
-        return nnx.merge(graphdef, gather_for_compute(layer))(hidden_BTD, positions_T)
+        return nnx.merge(graphdef, gather_for_compute(layer))(hidden_BTD, positions_T, execution)
     short = len(jax.tree.leaves(layers)[0]) <= SHORT_STACK
-    return jax.lax.scan(recomputed(step, recompute), hidden_BTD, layers, unroll=short)
+    return jax.lax.scan(recomputed(step, execution.recompute), hidden_BTD, layers, unroll=short)

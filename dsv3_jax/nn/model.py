@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
-from dsv3_jax.nn.block import Block, Recompute, recomputed, run_stack, stack_of
+from dsv3_jax.nn.block import Block, gathered, recomputed, run_stack, stack_of
 from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
@@ -42,7 +42,7 @@ class DeepSeekV3(nnx.Module):
         self.lm_head = OutputHead(c.vocab_size, c.hidden_size, c.initializer_range, rngs)
         self.mtp = nnx.List([MTPModule(c, rngs) for _ in range(c.num_nextn_predict_layers)])
 
-    def __call__(self, tokens: jax.Array, *, mtp: bool = True, recompute: Recompute = "none") -> ModelOutput:
+    def __call__(self, tokens: jax.Array, *, mtp: bool = True, execution: Execution = Execution()) -> ModelOutput:
         """Runs the model.
 
         Args:
@@ -50,23 +50,23 @@ class DeepSeekV3(nnx.Module):
             tokens that follow them. (The paper shortens each depth's loss instead; with the look-ahead every depth
             predicts at all T positions.)
           mtp: whether to run the multi-token-prediction modules.
-          recompute: what the backward computes again, see `RunConfig.recompute`.
+          execution: how it is computed.
         """
         depth = len(self.mtp) if mtp else 0
         length = tokens.shape[1] - depth
         positions_T = jnp.arange(length)
-        embedded = constrain_batch(self.embed_tokens(tokens))
+        embedded = constrain_batch(gathered(self.embed_tokens)(tokens))
         hidden_BTD = embedded[:, :length]
         if self.config.first_k_dense_replace:
-            hidden_BTD, _ = run_stack(self.dense_layers, hidden_BTD, positions_T, recompute)
-        hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, recompute)
+            hidden_BTD, _ = run_stack(self.dense_layers, hidden_BTD, positions_T, execution)
+        hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, execution)
         normed = self.norm(hidden_BTD)
 
         previous = hidden_BTD if self.config.mtp_hidden == "pre_norm" else normed
         mtp_hidden, mtp_stats = [], []
         for k in range(1, depth + 1):
             previous, layer_stats = _run_mtp(self.mtp[k - 1], previous, embedded[:, k:k + length], positions_T,
-                                             recompute)
+                                             execution)
             mtp_hidden.append(self.mtp[k - 1].norm(previous))
             mtp_stats.append(jax.tree.map(lambda x: x[None], layer_stats))
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, *mtp_stats)
@@ -78,9 +78,9 @@ class DeepSeekV3(nnx.Module):
 
 
 def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
-             recompute: Recompute) -> tuple[jax.Array, RouterStats | None]:
+             execution: Execution) -> tuple[jax.Array, RouterStats | None]:
     graphdef, state = nnx.split(module)
 
     def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-        return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T)
-    return recomputed(run, recompute)(state, hidden_BTD, ahead_BTD)
+        return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T, execution)
+    return recomputed(run, execution.recompute)(state, hidden_BTD, ahead_BTD)

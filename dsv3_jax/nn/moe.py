@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.expert_parallel.exchange import Topology, combine, dispatch
+from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.expert_parallel.exchange import combine, dispatch
+from dsv3_jax.expert_parallel.rounds import Quota, in_rounds, round_quota
+from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES
 from dsv3_jax.nn.linear import FeedForward, normal_param, swiglu
 from dsv3_jax.nn.router import NodeLimitedRouter, Routing, expert_load, sequence_balance_loss
@@ -22,12 +25,15 @@ LARGEST_TILE = 128
 
 
 class RouterStats(NamedTuple):
-    """What a MoE layer tells about its routing, float32."""
+    """What a MoE layer tells about its routing."""
 
     load_E: jax.Array
-    """[E]: tokens sent to each expert, over the whole batch."""
+    """float32 [E]: tokens sent to each expert, over the whole batch."""
     balance_loss: jax.Array
-    """Scalar: the sequence-wise balance loss without its weight."""
+    """float32 scalar: the sequence-wise balance loss without its weight."""
+    rounds: jax.Array
+    """int32 scalar: dispatch rounds of the expert-parallel group that needed most; 1 unless some device was sent more
+    than `MeshConfig.capacity_factor` allows."""
 
 
 class RoutedExperts(nnx.Module):
@@ -40,33 +46,52 @@ class RoutedExperts(nnx.Module):
         self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std)
         self.down_proj = normal_param(rngs, (experts, inner, width), ("expert", "mlp", "embed"), std)
 
-    def __call__(self, hidden_BTD: jax.Array, routing: Routing) -> jax.Array:
-        """[B, T, D] -> [B, T, D]: sum over a token's experts of weight * FFN(token)."""
-        mesh = jax.sharding.get_abstract_mesh()
-        axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    def __call__(self, hidden_BTD: jax.Array, routing: Routing,
+                 execution: Execution) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D] -> [B, T, D], sum over a token's experts of weight * FFN(token); and `RouterStats.rounds`."""
+        config, mesh = self.config, jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
                      self.gate_up_proj[...], self.down_proj[...])
+        run = functools.partial(
+            _routed_ffn, capacity_factor=execution.capacity_factor,
+            reach=min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else config.n_routed_experts))
         if mesh.empty or mesh.size == 1:
-            return _routed_ffn(*arguments, topology=Topology(self.config.n_routed_experts))
-        topology = Topology(self.config.n_routed_experts, mesh.shape["scale_out"], mesh.shape["scale_up"])
-        tokens, weights = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXES)
-        # check_vma off: expert weights enter replicated over `data`, and their gradient is summed over it here.
-        return jax.shard_map(lambda *args: _routed_ffn(*args, topology=topology), axis_names=axes, check_vma=False,
-                             in_specs=(tokens, tokens, tokens, weights, weights), out_specs=tokens)(*arguments)
+            out_BTD, rounds = run(*arguments, topology=Topology(config.n_routed_experts))
+        else:
+            topology = Topology(config.n_routed_experts, mesh.shape["scale_out"], mesh.shape["scale_up"])
+            axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                    if kind != AxisType.Manual}
+            tokens, weights = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXES)
+            # check_vma off: expert weights enter replicated over `data`, and their gradient is summed over it here.
+            out_BTD, rounds = jax.shard_map(
+                functools.partial(run, topology=topology), axis_names=axes, check_vma=False,
+                in_specs=(tokens, tokens, tokens, weights, weights), out_specs=(tokens, tokens))(*arguments)
+        return out_BTD, jnp.max(rounds)
 
 
 def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, gate_up_EDF: jax.Array,
-                down_EFD: jax.Array, *, topology: Topology) -> jax.Array:
-    """One device's part: its tokens in, its tokens out, its experts in between."""
-    top_k = experts_BTK.shape[-1]
-    tile = _tile(experts_BTK.size / topology.experts_per_device)
-    rows_PD, plan = dispatch(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), experts_BTK.reshape(-1, top_k),
-                             weights_BTK.reshape(-1, top_k), topology, tile)
+                down_EFD: jax.Array, *, topology: Topology, reach: int,
+                capacity_factor: float) -> tuple[jax.Array, jax.Array]:
+    """One device's part: its tokens in, its tokens out, its experts in between; and [1], the rounds that took."""
+    width, top_k = hidden_BTD.shape[-1], experts_BTK.shape[-1]
+    hidden_TD, experts_TK = hidden_BTD.reshape(-1, width), experts_BTK.reshape(-1, top_k)
+    quota = round_quota(topology, len(hidden_TD), top_k, reach, capacity_factor)
+    tile = _tile(experts_TK.size / topology.experts_per_device)
+    one_round = functools.partial(_one_round, topology=topology, quota=quota, tile=tile)
+    arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
+    out_TD, rounds = in_rounds(one_round, experts_TK, arrays, topology, quota)
+    return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), rounds[None]
+
+
+def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Array, gate_up_EDF: jax.Array,
+               down_EFD: jax.Array, *, topology: Topology, quota: Quota, tile: int) -> jax.Array:
+    """float32 [T, D]: what the given choices, within the quota, add to each token."""
+    rows_PD, plan = dispatch(hidden_TD, experts_TK, weights_TK, topology, quota, tile)
     rows_PD = checkpoint_name(rows_PD, "dispatched")
     inner_PF = grouped_matmul(rows_PD, gate_up_EDF, plan.group_sizes_E, alignment=tile)
-    inner_PF = swiglu(checkpoint_name(inner_PF, "ffn_inner"))
+    inner_PF = swiglu(checkpoint_name(inner_PF, "expert_inner"))
     outputs_PD = grouped_matmul(inner_PF, down_EFD, plan.group_sizes_E, alignment=tile)
-    return combine(checkpoint_name(outputs_PD, "expert_out"), plan).reshape(hidden_BTD.shape)
+    return combine(checkpoint_name(outputs_PD, "expert_out"), plan)
 
 
 def _tile(rows_per_expert: float) -> int:
@@ -89,12 +114,12 @@ class MixtureOfExperts(nnx.Module):
                                               config.n_shared_experts * config.moe_intermediate_size,
                                               config.initializer_range, rngs)
 
-    def __call__(self, hidden_BTD: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(self, hidden_BTD: jax.Array, execution: Execution) -> tuple[jax.Array, RouterStats]:
         """[B, T, D] -> ([B, T, D], routing statistics)."""
         routing = self.gate(hidden_BTD)
-        out = self.experts(hidden_BTD, routing)
+        out, rounds = self.experts(hidden_BTD, routing, execution)
         if self.config.n_shared_experts:
             out += self.shared_experts(hidden_BTD)
         stats = RouterStats(expert_load(routing.experts_K, self.config.n_routed_experts),
-                            sequence_balance_loss(self.config, routing.scores_E))
+                            sequence_balance_loss(self.config, routing.scores_E), rounds)
         return out, jax.tree.map(jnp.asarray, stats)

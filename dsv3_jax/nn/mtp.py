@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.nn.block import Block
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.moe import RouterStats
@@ -28,8 +28,8 @@ class MTPModule(nnx.Module):
         self.block = Block(config, moe=True, rngs=rngs)
         self.norm = RMSNorm(width, "embed", eps)
 
-    def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array,
-                 positions_T: jax.Array) -> tuple[jax.Array, RouterStats | None]:
+    def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
+                 execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """Previous depth's h and the embeddings k tokens ahead -> (h^k before `norm`, routing statistics)."""
         joined = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], axis=-1))
-        return self.block(joined, positions_T)
+        return self.block(joined, positions_T, execution)

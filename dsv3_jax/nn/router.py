@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.linear import normal_param
@@ -54,7 +55,9 @@ def choose_experts(config: ModelConfig, scores_E: jax.Array, bias_E: jax.Array) 
     """The choice and the weights, given scores float32 [..., E] and bias [E]; ties go to the lowest index."""
     biased_E = scores_E + bias_E if config.topk_method == "noaux_tc" else scores_E
     candidates_E = _within_best_groups(config, jax.lax.stop_gradient(biased_E))
-    experts_K = jax.lax.top_k(candidates_E, config.num_experts_per_tok)[1]
+    # Kept for the backward at every level of recomputation: a near-tie that fell the other way the second time would
+    # pair a weight's gradient with another expert.
+    experts_K = checkpoint_name(jax.lax.top_k(candidates_E, config.num_experts_per_tok)[1], "plan")
     weights_K = jnp.take_along_axis(scores_E, experts_K, axis=-1)
     if config.norm_topk_prob:
         weights_K /= jnp.sum(weights_K, axis=-1, keepdims=True) + 1e-20

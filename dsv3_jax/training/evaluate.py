@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import batch_sharding
+from dsv3_jax.nn.block import gathered
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
 from dsv3_jax.training.state import TrainState, model_structure
@@ -31,8 +32,8 @@ class Evaluator:
 
         def total_nll(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, weights: jax.Array) -> jax.Array:
             model = nnx.merge(structure, weights_for_compute(params, config), router_bias)
-            hidden = model(tokens[:, :-1], mtp=False).hidden_BTD
-            return jnp.sum(negative_log_likelihood(model, hidden, tokens[:, 1:]) * weights)
+            hidden = model(tokens[:, :-1], mtp=False, execution=config.execution).hidden_BTD
+            return jnp.sum(negative_log_likelihood(gathered(model.lm_head), hidden, tokens[:, 1:]) * weights)
         self._total_nll = jax.jit(total_nll)
 
     def __call__(self, state: TrainState) -> dict[str, float]:

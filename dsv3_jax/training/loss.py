@@ -6,8 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
 
-from dsv3_jax.nn.block import Recompute
+from dsv3_jax.config import Execution
+from dsv3_jax.mesh import BATCH_AXES
+from dsv3_jax.nn.block import gathered
+from dsv3_jax.nn.linear import OutputHead
 from dsv3_jax.nn.model import DeepSeekV3, ModelOutput
 
 LOGITS_AT_ONCE = 2 ** 26
@@ -50,14 +55,31 @@ def _cross_entropy_backward(saved: tuple[jax.Array, ...], grads: jax.Array) -> t
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def negative_log_likelihood(head: OutputHead, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(head(hidden))[target], float32 [B, T], never holding all the logits of a long sequence.
+
+    On a mesh each device sees its own rows and the whole head, so that the head's gradient is summed over devices once
+    and not for each chunk.
+    """
+    graphdef, weights = nnx.split(head)
+
+    def local(weights: nnx.State, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return _nll_in_chunks(nnx.merge(graphdef, weights), hidden_BTD, targets_BT)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(weights, hidden_BTD, targets_BT)
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(local, in_specs=(PartitionSpec(), rows, rows), out_specs=rows,
+                         check_vma=False)(weights, hidden_BTD, targets_BT)
+
+
 @jax.named_scope("head")
-def negative_log_likelihood(model: DeepSeekV3, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(head(hidden))[target], float32 [B, T], never holding all the logits of a long sequence."""
+def _nll_in_chunks(head: OutputHead, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     def nll(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(model.logits(hidden), targets)
+        return cross_entropy(head(hidden), targets)
 
     length, chunk = targets_BT.shape[1], targets_BT.shape[1]
-    while chunk * model.config.vocab_size > LOGITS_AT_ONCE and chunk % 2 == 0:
+    while chunk * head.weight.shape[0] > LOGITS_AT_ONCE and chunk % 2 == 0:
         chunk //= 2
     if chunk == length:
         return nll(hidden_BTD, targets_BT)
@@ -68,18 +90,19 @@ def negative_log_likelihood(model: DeepSeekV3, hidden_BTD: jax.Array, targets_BT
     return jnp.moveaxis(out, 0, 1).reshape(targets_BT.shape)
 
 
-def training_losses(model: DeepSeekV3, tokens: jax.Array, recompute: Recompute) -> tuple[Losses, ModelOutput]:
+def training_losses(model: DeepSeekV3, tokens: jax.Array,
+                    execution: Execution = Execution()) -> tuple[Losses, ModelOutput]:
     """All losses of a batch.
 
     Args:
       tokens: int [B, T + 1 + depth]: T inputs, the last target, and the further targets of each prediction depth.
-      recompute: see `RunConfig.recompute`.
+      execution: how the model is computed.
     """
     depth = len(model.mtp)
     length = tokens.shape[1] - 1 - depth
-    output = model(tokens[:, :-1], recompute=recompute)
-    main = jnp.mean(negative_log_likelihood(model, output.hidden_BTD, tokens[:, 1:1 + length]))
-    ahead = [jnp.mean(negative_log_likelihood(model, hidden, tokens[:, k + 1:k + 1 + length]))
+    output, head = model(tokens[:, :-1], execution=execution), gathered(model.lm_head)
+    main = jnp.mean(negative_log_likelihood(head, output.hidden_BTD, tokens[:, 1:1 + length]))
+    ahead = [jnp.mean(negative_log_likelihood(head, hidden, tokens[:, k + 1:k + 1 + length]))
              for k, hidden in enumerate(output.mtp_hidden, start=1)]
     mtp = sum(ahead) / depth if depth else jnp.zeros(())
     return Losses(main, jnp.asarray(mtp), jnp.sum(output.stats.balance_loss)), output

@@ -19,18 +19,25 @@ from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState, abstract_state, model_structure, state_shardings
 
-LAYER_STACKS = ("dense_layers", "moe_layers", "mtp")
-"""Weights that full sharding gathers layer by layer, where they run."""
+
+class _Told(NamedTuple):
+    """What micro-batches report beside their gradients."""
+
+    losses: Losses
+    load_LE: jax.Array
+    dispatch_rounds: jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32."""
+    """What a step reports."""
 
     losses: Losses
     grad_norm: jax.Array
-    """Global norm before clipping."""
+    """float32: global norm before clipping."""
     load_LE: jax.Array
-    """[MoE layers + MTP depths, E]: tokens sent to each expert in the whole batch."""
+    """float32 [MoE layers + MTP depths, E]: tokens sent to each expert in the whole batch."""
+    dispatch_rounds: jax.Array
+    """int32: the most that any micro-batch, layer and expert-parallel group needed."""
 
 
 def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -42,49 +49,53 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
     structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
 
     def loss(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
-             settings: StepSettings) -> tuple[jax.Array, tuple[Losses, jax.Array]]:
-        losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.recompute)
+             settings: StepSettings) -> tuple[jax.Array, _Told]:
+        losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.execution)
         total = (losses.main + settings.mtp_weight * losses.mtp + config.model.aux_loss_alpha * losses.balance)
-        return total, (losses, output.stats.load_E)
+        return total, _Told(losses, output.stats.load_E, jnp.max(output.stats.rounds))
 
     def step(state: TrainState, tokens: jax.Array, micro_batches: jax.Array,
              settings: StepSettings) -> tuple[TrainState, StepMetrics]:
         weights = weights_for_compute(state.params, config)
 
-        def micro(tokens: jax.Array) -> tuple[nnx.State, tuple[Losses, jax.Array]]:
+        def micro(tokens: jax.Array) -> tuple[nnx.State, _Told]:
             grads, told = jax.grad(loss, has_aux=True)(weights, state.router_bias, tokens, settings)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), told
-        grads, (losses, load_LE) = _mean_over_micro_batches(micro, tokens, micro_batches)
+        grads, told = _mean_over_micro_batches(micro, tokens, micro_batches)
         with jax.named_scope("optimizer"):
             direction, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda w, u: w - settings.learning_rate * u, state.params, direction)
         new = TrainState(state.step + 1, params,
-                         balanced_bias(state.router_bias, load_LE, settings.bias_speed, config.model.num_moe_layers),
+                         balanced_bias(state.router_bias, told.load_LE, settings.bias_speed,
+                                       config.model.num_moe_layers),
                          optimizer_state, _moving_average(state.ema, params, config.optimizer.ema_decay), state.rng)
-        return new, StepMetrics(losses, optax.tree.norm(grads), load_LE)
+        return new, StepMetrics(told.losses, optax.tree.norm(grads), told.load_LE, told.dispatch_rounds)
     return step
 
 
 def weights_for_compute(params: nnx.State, config: RunConfig) -> nnx.State:
-    """The weights a step computes with: in compute precision, gathered at once (zero1) or left to the layers (full)."""
-    def ready(path: tuple[Any, ...], weight: nnx.Variable) -> nnx.Variable:
-        later = config.mesh.zero == "full" and path[0] in LAYER_STACKS
-        return weight if later else gather_for_compute(weight)
-    return nnx.map_state(ready, compute_weights(params, config.precision))
+    """The weights a step computes with: in compute precision, and gathered at once (zero1) or left to the modules,
+    which gather what they find spread (full)."""
+    weights = compute_weights(params, config.precision)
+    return weights if config.mesh.zero == "full" else gather_for_compute(weights)
 
 
-def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, tuple[Losses, jax.Array]]], tokens: jax.Array,
-                             micro_batches: jax.Array) -> tuple[Any, tuple[Losses, jax.Array]]:
-    """Mean gradients and losses and summed expert load over the first `micro_batches` rows of tokens [M, b, ...]."""
+def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, _Told]], tokens: jax.Array,
+                             micro_batches: jax.Array) -> tuple[Any, _Told]:
+    """Mean gradients and losses, summed expert load and most rounds over the first `micro_batches` rows of tokens
+    [M, b, ...]."""
     if tokens.shape[0] == 1:
         return micro(tokens[0])
 
-    def add(index: jax.Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, micro(jax.lax.dynamic_index_in_dim(tokens, index, keepdims=False)))
+    def add(index: jax.Array, total: tuple[Any, _Told]) -> tuple[Any, _Told]:
+        new = micro(jax.lax.dynamic_index_in_dim(tokens, index, keepdims=False))
+        grads, told = jax.tree.map(jnp.add, total, new)
+        return grads, told._replace(dispatch_rounds=jnp.maximum(total[1].dispatch_rounds, new[1].dispatch_rounds))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, tokens[0]))
-    grads, (losses, load_LE) = jax.lax.fori_loop(0, micro_batches, add, zero)
-    grads, losses = jax.tree.map(lambda x: x / micro_batches, (grads, losses))
-    return grads, (losses, load_LE)
+    with jax.named_scope("micro_batches"):
+        grads, told = jax.lax.fori_loop(0, micro_batches, add, zero)
+    grads, losses = jax.tree.map(lambda x: x / micro_batches, (grads, told.losses))
+    return grads, told._replace(losses=losses)
 
 
 def balanced_bias(router_bias: nnx.State, load_LE: jax.Array, speed: jax.Array, moe_layers: int) -> nnx.State:
@@ -106,8 +117,8 @@ def _moving_average(ema: nnx.State | None, params: nnx.State, decay: float | Non
     return jax.tree.map(lambda average, now: decay * average + (1 - decay) * now, ema, params)
 
 
-def compile_train_step(config: RunConfig, mesh: Mesh) -> Any:
-    """The compiled step for `mesh`; the state argument is donated."""
+def compile_train_step(config: RunConfig, mesh: Mesh, options: dict[str, Any] | None = None) -> Any:
+    """The compiled step for `mesh`; the state argument is donated. `options` are the XLA compiler's."""
     batch, depth = config.batch, config.model.num_nextn_predict_layers
     tokens = jax.ShapeDtypeStruct((batch.micro_batches, batch.micro_batch, batch.sequence_length + 1 + depth),
                                   jnp.int32, sharding=batch_sharding(mesh, leading=1))
@@ -115,4 +126,4 @@ def compile_train_step(config: RunConfig, mesh: Mesh) -> Any:
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
         return step.lower(abstract_state(config, mesh), tokens, jax.ShapeDtypeStruct((), jnp.int32),
-                          StepSettings(scalar, scalar, scalar)).compile()
+                          StepSettings(scalar, scalar, scalar)).compile(options)

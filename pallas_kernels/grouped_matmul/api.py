@@ -1,16 +1,23 @@
-"""Picks the backend of the grouped matrix product."""
+"""Picks the backend of the grouped matrix product, and joins it to its gradient."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import logging
+import re
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.grouped_matmul.tiled import grouped_matmul_tiled
+from pallas_kernels.grouped_matmul import ragged_dot, reference, tiled
 
-Backend = Literal["reference", "tiled", "ragged_dot"]
+Backend = Literal["reference", "tiled", "ragged_dot", "hopper"]
+
+_HOPPER_NEEDS = "bfloat16, an alignment divisible by 64 that divides the rows, and widths divisible by 128"
+_log = logging.getLogger(__name__)
 
 
 @jax.named_scope("grouped_matmul")
@@ -22,21 +29,105 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
       rows_PD: [P, D], sorted by group; rows past the last group are ignored.
       weights_EDF: [E, D, F] of the same dtype.
       group_sizes_E: int32 [E]; a group may be empty. The sum is at most P.
-      alignment: a number that divides P and every group size, if the caller padded them so; lets the CPU work tile by
-        tile.
-      backend: None picks by platform: XLA's `ragged_dot` on TPU and GPU; on CPU, where XLA computes every row with
-        every group, the tiled loop if groups are aligned, and otherwise the reference.
+      alignment: a number that divides P and every group size, if the caller padded them so.
+      backend: None picks by the platform that the program is compiled for, which need not be the one it is traced on.
+        On TPU that is `ragged_dot`, a ragged kernel there. On CPU and NVIDIA XLA multiplies every row with every group,
+        so it is what works tile by tile: the Hopper kernels if they serve the shape and card, else a loop; and if
+        groups are not aligned, the reference on CPU and `ragged_dot` on NVIDIA.
 
     Returns:
       [P, F] in rows' dtype, accumulated in float32; zero past the last group.
+
+    Raises:
+      ValueError: `backend` is "hopper" and does not serve the shape, alignment or dtype.
     """
     chex.assert_equal(rows_PD.shape[1], weights_EDF.shape[1])
+    chex.assert_equal(rows_PD.dtype, weights_EDF.dtype)
     chex.assert_shape(group_sizes_E, (weights_EDF.shape[0],))
-    if backend is None:
-        on_cpu = jax.default_backend() == "cpu"
-        backend = "ragged_dot" if not on_cpu else "tiled" if alignment > 1 else "reference"
-    if backend == "tiled":
-        return grouped_matmul_tiled(rows_PD, weights_EDF, group_sizes_E, alignment)
-    if backend == "reference":
-        return grouped_matmul_reference(rows_PD, weights_EDF, group_sizes_E)
-    return jax.lax.ragged_dot(rows_PD, weights_EDF, group_sizes_E)
+    _, width, inner = weights_EDF.shape
+    shape = _Shape(rows_PD.shape[0], width, inner, alignment, rows_PD.dtype)
+    if backend == "hopper" and not shape.fits_hopper:
+        raise ValueError(f"no Hopper kernel for {shape}: it needs {_HOPPER_NEEDS}; backend=None takes one that serves")
+    return _grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape, backend)
+
+
+class _Shape(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    rows: int
+    width: int
+    inner: int
+    alignment: int
+    dtype: jnp.dtype
+
+    @property
+    def fits_hopper(self) -> bool:
+        """Whether `gpu` computes the product and both gradients."""
+        return (self.dtype == jnp.bfloat16 and self.alignment % 64 == 0 and self.rows % self.alignment == 0
+                and self.rows > 0 and self.width % 128 == 0 and self.inner % 128 == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape: _Shape, backend: Backend | None) -> jax.Array:
+    def run(name: Backend, *operands: jax.Array) -> jax.Array:
+        return _module(name).product(*operands, shape.alignment)
+    return _dispatch(run, shape, backend, rows_PD, weights_EDF, group_sizes_E)
+
+
+def _forward(rows_PD, weights_EDF, group_sizes_E, shape, backend):
+    return (_grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape, backend),
+            (rows_PD, weights_EDF, group_sizes_E))
+
+
+def _backward(shape, backend, residuals, grads_PF):
+    # The choice is made again here rather than differentiated: the derivative of a conditional would save what every
+    # branch needs, on every platform.
+    def run(name: Backend, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _module(name).gradients(*operands, shape.alignment)
+    return *_dispatch(run, shape, backend, *residuals, grads_PF), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array):
+    """`run(name, *operands)` with the backend of that name, or the one that the platform takes."""
+    if backend is not None:
+        return run(backend, *operands)
+    aligned: Backend | None = "tiled" if shape.alignment > 1 else None
+    on_nvidia: Backend = "hopper" if shape.fits_hopper and _nvidia_is_hopper() else aligned or "ragged_dot"
+    if on_nvidia != "hopper":
+        _tell_once(shape, on_nvidia)
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(run, aligned or "reference"),
+        cuda=functools.partial(run, on_nvidia),
+        default=functools.partial(run, "ragged_dot"))
+
+
+def _nvidia_is_hopper() -> bool:
+    """Whether to compile for Hopper when compiling for NVIDIA: so says the mesh, or else the GPU at hand.
+
+    Where there is neither, the program is lowered for elsewhere, and Hopper is what these models are for.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        return re.search(r"\bG?H\d+", device.device_kind) is not None
+    return getattr(jax.devices()[0], "compute_capability", "9.0").startswith("9.")
+
+
+@functools.cache
+def _tell_once(shape: _Shape, instead: Backend) -> None:
+    """Tracing does not know yet what it is for, so this is a warning only where a GPU is what programs run on."""
+    level = logging.WARNING if jax.default_backend() == "gpu" else logging.DEBUG
+    _log.log(level, "on NVIDIA GPUs the grouped product of %s takes the slower %r: the kernel needs Hopper, %s", shape,
+             instead, _HOPPER_NEEDS)
+
+
+def _module(backend: Backend) -> ModuleType:
+    """Each has `product(rows, weights, group_sizes, alignment)` and `gradients(rows, weights, group_sizes, grads,
+    alignment)`, which gives those of rows and weights."""
+    if backend == "hopper":
+        from pallas_kernels.grouped_matmul import gpu  # a quarter of a second that a small CPU run need not pay
+        return gpu
+    return {"reference": reference, "tiled": tiled, "ragged_dot": ragged_dot}[backend]

@@ -6,28 +6,20 @@ XLA on CPU lowers `ragged_dot` to a product of every row with every group (3 GFL
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul_tiled(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array,
-                         tile: int) -> jax.Array:
-    """See `api.grouped_matmul`; `tile` divides P and every group size."""
-    return _product(rows_PD, weights_EDF, group_sizes_E, tile)
-
-
-def _tiles(group_sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array]:
+def tiles_of_groups(group_sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array]:
     """(number of tiles in use, the group of every tile)."""
     ends_E = jnp.cumsum(group_sizes_E)
-    group_of_tile = jnp.searchsorted(ends_E, tile * jnp.arange(rows // tile), side="right")
+    group_of_tile = jnp.searchsorted(ends_E, tile * jnp.arange(rows // tile), side="right", method="compare_all")
     return ends_E[-1] // tile, group_of_tile
 
 
-def _product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
-    used, group_of_tile = _tiles(group_sizes_E, rows_PD.shape[0], tile)
+def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
+    """See `api.grouped_matmul`; `tile` divides P and every group size."""
+    used, group_of_tile = tiles_of_groups(group_sizes_E, rows_PD.shape[0], tile)
 
     def body(i: jax.Array, out_PF: jax.Array) -> jax.Array:
         x = jax.lax.dynamic_slice_in_dim(rows_PD, i * tile, tile)
@@ -38,7 +30,7 @@ def _product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Arra
 
 def _weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
     """x^T dy of each group, float32 [E, D, F]."""
-    used, group_of_tile = _tiles(group_sizes_E, rows_PD.shape[0], tile)
+    used, group_of_tile = tiles_of_groups(group_sizes_E, rows_PD.shape[0], tile)
 
     def body(i: jax.Array, dw_EDF: jax.Array) -> jax.Array:
         x = jax.lax.dynamic_slice_in_dim(rows_PD, i * tile, tile)
@@ -48,15 +40,9 @@ def _weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax
     return jax.lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32))
 
 
-def _forward(rows_PD, weights_EDF, group_sizes_E, tile):
-    return _product(rows_PD, weights_EDF, group_sizes_E, tile), (rows_PD, weights_EDF, group_sizes_E)
-
-
-def _backward(tile, residuals, grads_PF):
-    rows_PD, weights_EDF, group_sizes_E = residuals
-    d_rows = _product(grads_PF, jnp.swapaxes(weights_EDF, 1, 2), group_sizes_E, tile)
+def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, grads_PF: jax.Array,
+              tile: int) -> tuple[jax.Array, jax.Array]:
+    """With respect to rows and weights."""
+    d_rows = product(grads_PF, jnp.swapaxes(weights_EDF, 1, 2), group_sizes_E, tile)
     d_weights = _weight_gradient(rows_PD, grads_PF, group_sizes_E, tile)
-    return d_rows, d_weights.astype(weights_EDF.dtype), None
-
-
-grouped_matmul_tiled.defvjp(_forward, _backward)
+    return d_rows, d_weights.astype(weights_EDF.dtype)

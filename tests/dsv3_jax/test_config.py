@@ -38,6 +38,7 @@ BAD = {
     "micro-batches": (lambda: c.BatchConfig(sequences=8, micro_batches=3), ["8", "micro_batches (3)"]),
     "ramp": (lambda: c.BatchConfig(sequences=8, micro_batches=2, ramp_from=3, ramp_until=0.1), ["ramp_from (3)"]),
     "shares": (lambda: c.ScheduleConfig(constant_until=0.9, cosine_until=0.5), ["constant_until", "ascend"]),
+    "capacity": (lambda: c.MeshConfig(capacity_factor=0.9), ["mesh.capacity_factor (0.9)", "at least 1"]),
     "pipe": (lambda: c.MeshConfig(pipe=2), ["pipe (2)"]),
     "beta": (lambda: c.OptimizerConfig(beta2=1.0), ["beta2 (1.0)"]),
     "distributed": (lambda: c.DistributedConfig(coordinator="localhost:1"), ["go together"]),
@@ -63,3 +64,9 @@ def test_presets_survive_json(name):
 
 def test_v3_preset_has_its_node_limit():
     assert (MODELS["deepseek_v3"].n_group, MODELS["deepseek_v3"].topk_group) == (8, 4)
+
+
+def test_run_folder_of_before_the_capacity_factor_loads():
+    values = json.loads(c.to_json(TINY))
+    del values["mesh"]["capacity_factor"]
+    assert c.run_from_dict(values).execution == c.Execution("paper", 1.5)

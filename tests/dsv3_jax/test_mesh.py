@@ -69,15 +69,16 @@ def test_mesh_takes_the_devices_left_for_data(eight_devices):
 
 
 ALL = ("data", "scale_out", "scale_up")
+SPREAD = ALL[::-1]
 
 
 @pytest.mark.parametrize(("axes", "shape", "table", "expected"), [
     (("expert", "embed", "mlp"), (256, 7168, 4096), STORAGE, P(("scale_out", "scale_up"), ("data",), None)),
     (("expert", "embed", "mlp"), (58, 256, 7168, 4096), COMPUTE, P(None, ("scale_out", "scale_up"), None, None)),
-    (("embed", "latent"), (7168, 1536), STORAGE, P(ALL, None)),
+    (("embed", "latent"), (7168, 1536), STORAGE, P(SPREAD, None)),
     (("embed", "latent"), (7168, 1536), COMPUTE, P(None, None)),
     (("embed",), (6,), STORAGE, P(("data",))),
-    (("embed", "mlp"), (3, 64), STORAGE, P(None, ALL)),
+    (("embed", "mlp"), (3, 64), STORAGE, P(None, SPREAD)),
     (("router",), (256,), STORAGE, P(None)),
 ])
 def test_layout_of_weights(axes, shape, table, expected):

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.expert_parallel.exchange import Topology, combine, dispatch
+from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, permutation, sum_from_slots
+from dsv3_jax.expert_parallel.rounds import Quota
+from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import make_mesh
 
 EXPERTS, TOP_K, TOKENS, WIDTH = 16, 3, 64, 8
 MESHES = [(1, 1), (2, 4), (4, 2), (8, 1), (1, 8), (2, 2)]
+ALL = Quota(TOKENS, TOKENS * TOP_K)
+"""Room for any routing in one round."""
 
 
 def _choices(kind: str) -> np.ndarray:
@@ -40,7 +44,7 @@ def _payload(seed: int = 0) -> np.ndarray:
 
 def _moe(hidden, experts, weights, scale_E, *, topology, alignment):
     """An expert multiplies by its own number: enough to see who got what."""
-    rows, plan = dispatch(hidden, experts, weights, topology, alignment)
+    rows, plan = dispatch(hidden, experts, weights, topology, ALL, alignment)
     ends = jnp.cumsum(plan.group_sizes_E)
     expert_P = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
     return combine(rows * jnp.append(scale_E, 0)[expert_P][:, None], plan)
@@ -114,7 +118,7 @@ def test_slow_network_carries_one_row_for_a_token_and_node():
     mesh = make_mesh(MeshConfig(scale_out=4, scale_up=2))
 
     def sent(hidden, experts, weights):
-        _, plan = dispatch(hidden, experts, weights, topology)
+        _, plan = dispatch(hidden, experts, weights, topology, ALL)
         return jnp.sum(plan.node_hop.choice_S >= 0)[None], jnp.sum(plan.device_hop.choice_S >= 0)[None]
     tokens = P(("data", "scale_out", "scale_up"))
     node_rows, device_rows = jax.jit(jax.shard_map(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import MeshConfig, RopeScaling
+from dsv3_jax.config import Execution, MeshConfig, RopeScaling
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.router import choose_experts
 from dsv3_jax.presets import MODELS
@@ -71,7 +71,7 @@ def test_recomputation_changes_no_gradient(recompute):
 
     def loss(params, recompute):
         model = nnx.merge(graphdef, params, rest)
-        output = model(tokens, recompute=recompute)
+        output = model(tokens, execution=Execution(recompute))
         return sum(jax.nn.logsumexp(model.logits(h)).mean() for h in (output.hidden_BTD, *output.mtp_hidden))
     plain, again = jax.jit(lambda p: tuple(jax.grad(loss)(p, kind) for kind in ("none", recompute)))(params)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):

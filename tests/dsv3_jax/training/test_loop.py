@@ -106,7 +106,7 @@ def test_it_learns_and_reports(tiny, tmp_path):
     assert [r["step"] for r in steps] == list(range(1, 41))
     assert [r["step"] for r in evaluations] == [20, 40]
     assert {"step", "loss", "mtp_loss", "bits_per_byte", "learning_rate", "grad_norm", "step_ms", "tokens_per_second",
-            "load_max_over_mean", "dead_experts"} <= steps[0].keys()
+            "load_max_over_mean", "dead_experts", "dispatch_rounds"} <= steps[0].keys()
     assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
     assert steps[-1]["mtp_loss"] < 0.6 * steps[0]["mtp_loss"]
     assert evaluations[1]["validation_bits_per_byte"] < evaluations[0]["validation_bits_per_byte"]
@@ -120,10 +120,15 @@ def test_it_learns_and_reports(tiny, tmp_path):
 
 def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(tiny, tmp_path):
     """20 steps in float32: losses differ by rounding alone (4e-7 seen). Then the state saved on 8 devices continues on
-    2, and that of one device on one; restoring on any mesh gives the same bits."""
-    eight = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=4))
+    2, and that of one device on one; restoring on any mesh gives the same bits. With the least capacity, most steps on
+    8 devices dispatch in several rounds."""
+    eight = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=4, capacity_factor=1.0))
     train(tiny, tmp_path / "one", _quiet)
     train(eight, tmp_path / "eight", _quiet)
+    rounds = {folder: [r["dispatch_rounds"] for r in _records(tmp_path / folder) if "loss" in r]
+              for folder in ("one", "eight")}
+    assert max(rounds["one"]) == 1
+    assert np.median(rounds["eight"]) > 1
     np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=3e-6)
     two = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_up=2))
     saved = _final_state(eight, tmp_path / "eight")

@@ -36,14 +36,14 @@ def _tokens(config, batch=2, length=12):
 
 
 def _total(model, tokens, mtp_weight=0.3):
-    losses, _ = training_losses(model, tokens, "none")
+    losses, _ = training_losses(model, tokens)
     return losses.main + mtp_weight * losses.mtp
 
 
 def test_losses_equal_the_oracle():
     weights, tokens = oracle.random_weights(TWO_DEPTHS, seed=4), _tokens(TWO_DEPTHS)
     main, depths = oracle.losses(TWO_DEPTHS, weights, tokens)
-    losses, _ = jax.jit(lambda m: training_losses(m, tokens, "none"))(model_from_oracle(TWO_DEPTHS, weights))
+    losses, _ = jax.jit(lambda m: training_losses(m, tokens))(model_from_oracle(TWO_DEPTHS, weights))
     assert float(losses.main) == pytest.approx(main, rel=1e-5)
     assert float(losses.mtp) == pytest.approx(np.mean(depths), rel=1e-5)
 
@@ -84,7 +84,7 @@ def test_prediction_loss_reaches_every_weight_it_should():
     tokens = _tokens(TWO_DEPTHS, batch=8)  # enough for every expert to get a token
 
     def mtp_only(params):
-        return training_losses(nnx.merge(graphdef, params, rest), tokens, "none")[0].mtp
+        return training_losses(nnx.merge(graphdef, params, rest), tokens)[0].mtp
     loss, grads = jax.jit(jax.value_and_grad(mtp_only))(params)
     assert float(loss) > 1
     norms = {"/".join(map(str, path)): float(jnp.linalg.norm(v[...])) for path, v in nnx.to_flat_state(grads)}
@@ -109,7 +109,7 @@ def test_chunked_head_changes_nothing(monkeypatch):
     targets = jnp.asarray(np.random.default_rng(1).integers(0, 320, (2, 12)))
 
     def run(hidden):
-        return jnp.sum(negative_log_likelihood(model, hidden, targets) ** 2)
+        return jnp.sum(negative_log_likelihood(model.lm_head, hidden, targets) ** 2)
     whole = jax.value_and_grad(run)(hidden)
     monkeypatch.setattr("dsv3_jax.training.loss.LOGITS_AT_ONCE", 3 * 320)
     assert "while" in str(jax.make_jaxpr(run)(hidden)) or "scan" in str(jax.make_jaxpr(run)(hidden))
@@ -180,9 +180,10 @@ def _three_steps(**changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {"mesh": (("scale_out", 2), ("scale_up", 4))}, {"mesh": (("data", 2), ("scale_up", 4), ("zero", "full"))},
+    {"mesh": (("scale_out", 2), ("scale_up", 4), ("capacity_factor", 1.0))},
+    {"mesh": (("data", 2), ("scale_up", 4), ("zero", "full"))},
     {"batch": (("sequences", 8), ("sequence_length", 16), ("micro_batches", 4))},
-], ids=["expert parallel", "fully sharded", "four micro-batches"])
+], ids=["expert parallel in rounds", "fully sharded", "four micro-batches"])
 def test_layout_changes_no_step(changes):
     """Losses within float32 rounding; weights after three steps within Adam's amplification of it."""
     plain, plain_state = _three_steps()

@@ -1,0 +1,128 @@
+"""The grouped product as compilers see it: one backend for each platform, and machine code for an H100 without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+EXPERTS, ROWS = 4, 49_152
+SHAPES = {"gate and up": (7168, 4096), "down": (2048, 7168), "DeepSeek-V2-Lite's down": (1408, 2048)}
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def lowered_step(platform: str, alignment: int, dtype, device=None) -> str:
+    """The StableHLO of gradients through a scan of recomputed layers under `shard_map`."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=[device or jax.devices()[0]])
+    rows, shard = PartitionSpec("x"), PartitionSpec()
+
+    def layer(hidden_PD, weights):
+        sizes = jnp.full((2,), 128, jnp.int32)
+        inner = grouped_matmul(hidden_PD, weights[0], sizes, alignment=alignment)
+        return grouped_matmul(jax.nn.silu(inner), weights[1], sizes, alignment=alignment)
+
+    def loss(hidden_PD, weights):
+        sharded = jax.shard_map(layer, mesh=mesh, in_specs=(rows, shard), out_specs=rows, check_vma=False)
+        step = jax.checkpoint(sharded)
+        return jnp.sum(jax.lax.scan(lambda h, w: (h + step(h, w), None), hidden_PD, weights)[0].astype(jnp.float32))
+    shapes = (jax.ShapeDtypeStruct((512, 128), dtype),
+              (jax.ShapeDtypeStruct((3, 2, 128, 256), dtype), jax.ShapeDtypeStruct((3, 2, 256, 128), dtype)))
+    return jax.jit(jax.grad(loss, (0, 1))).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+def backends(text: str) -> set[str]:
+    operations = {"mosaic_gpu": "@mosaic_gpu", "dot_general": "stablehlo.dot_general", "ragged_dot": "chlo.ragged_dot"}
+    return {name for name, operation in operations.items() if operation in text}
+
+
+@pytest.mark.parametrize(("platform", "alignment", "dtype", "expected"), [
+    ("cuda", 128, jnp.bfloat16, "mosaic_gpu"), ("cuda", 8, jnp.bfloat16, "dot_general"),
+    ("cuda", 128, jnp.float32, "dot_general"), ("cuda", 1, jnp.bfloat16, "ragged_dot"),
+    ("tpu", 128, jnp.bfloat16, "ragged_dot"), ("tpu", 1, jnp.float32, "ragged_dot"),
+    ("cpu", 128, jnp.bfloat16, "dot_general"), ("cpu", 1, jnp.float32, "dot_general")])
+def test_a_platform_gets_its_backend_and_no_other(platform, alignment, dtype, expected):
+    assert backends(lowered_step(platform, alignment, dtype)) == {expected}
+
+
+def test_says_once_why_the_slow_way(caplog):
+    rows, weights, sizes = jnp.ones((64, 192), jnp.bfloat16), jnp.ones((2, 192, 128), jnp.bfloat16), jnp.zeros(2, int)
+    with caplog.at_level("DEBUG", logger="pallas_kernels.grouped_matmul.api"):
+        for _ in range(2):
+            grouped_matmul(rows, weights, sizes, alignment=64)
+    assert [record.getMessage().count("'tiled'") for record in caplog.records] == [1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
+def test_compiles_for_h100():
+    """No dot, so no dense product; no copy of rows or weights; and no registers spilled. Blackwell has no `wgmma`."""
+    environment = {**os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu",
+                   "MOSAIC_GPU_DUMP_PTXAS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    log = run.stdout + run.stderr
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 3 * len(SHAPES)
+    assert "C7510" not in log, "ptxas runs wgmma one at a time"
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert results[0] == {"blackwell": ["dot_general"]}
+    assert len(results) == 1 + 2 * len(SHAPES)
+    for result in results[1:]:
+        assert result["kernels"] == {"forward": 1, "gradients": 2}[result["pass"]], result
+        assert result["dots"] == 0, result
+        assert result["temporary_bytes"] < 2 ** 20, result
+
+
+def compile_for_h100() -> None:
+    """Prints what the compiler made of each shape, as lines of JSON."""
+    from jax.experimental import topologies
+
+    def first_device(target: str):
+        return topologies.get_topology_desc(platform="cuda", topology_name="gpu", target_config=target,
+                                            topology="1x1x8").devices[0]
+    b200 = H100.replace("major: 9", "major: 10").replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
+    print(json.dumps({"blackwell": sorted(backends(lowered_step("cuda", 128, jnp.bfloat16, first_device(b200))))}))
+    device = first_device(H100)
+
+    def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def forward(rows, weights, sizes):
+        return grouped_matmul(rows, weights, sizes, alignment=128)
+
+    def gradients(rows, weights, sizes, cotangent):
+        return jax.vjp(lambda x, w: forward(x, w, sizes), rows, weights)[1](cotangent)
+    for width, inner in SHAPES.values():
+        operands = shaped(ROWS, width), shaped(EXPERTS, width, inner), shaped(EXPERTS, dtype=jnp.int32)
+        for function, arguments in ((forward, operands), (gradients, (*operands, shaped(ROWS, inner)))):
+            compiled = jax.jit(function).lower(*arguments).compile()
+            text = compiled.as_text()
+            print(json.dumps({
+                "shape": [ROWS, width, inner], "pass": function.__name__,
+                "kernels": text.count('custom_call_target="mosaic_gpu'),
+                "dots": text.count(" dot(") + text.count("gemm"),
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}), flush=True)
+
+
+if __name__ == "__main__":
+    compile_for_h100()
