@@ -145,7 +145,10 @@ class MeshConfig:
     scale_out: int = 1
     """Nodes (or slices) that experts are spread over: the slow network."""
     scale_up: int = 1
-    """Devices inside a node (or slice) that experts are spread over: the fast network."""
+    """Groups of `context` devices inside a node (or slice) that experts are spread over: the fast network."""
+    context: int = 1
+    """Neighbouring devices of the fast network that share a sequence, for batches of fewer sequences than devices.
+    Each has its stretch of the tokens; all of them project the whole sequence's keys and values from the latent."""
     zero: Literal["zero1", "full"] = "zero1"
     """zero1 shards optimizer state and master weights and gathers the compute weights once a step;
     full gathers each layer's weights when it runs, for less memory and more traffic."""
@@ -156,16 +159,17 @@ class MeshConfig:
     """Split the CPU into this many devices, to try a mesh without one."""
 
     def __post_init__(self) -> None:
-        for name in ("pipe", "data", "scale_out", "scale_up", "simulate_devices"):
+        for name in ("pipe", "data", "scale_out", "scale_up", "context", "simulate_devices"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"mesh.{name} ({value}) must be at least 1")
         _require_capacity("mesh.capacity_factor", self.capacity_factor)
         _require(self.pipe == 1, f"mesh.pipe ({self.pipe}) must be 1: no pipeline schedule is built yet; "
-                 "use mesh.data, mesh.scale_out and mesh.scale_up")
+                 "use mesh.data, mesh.scale_out, mesh.scale_up and mesh.context")
 
     @property
     def expert_parallel(self) -> int:
-        return self.scale_out * self.scale_up
+        """Devices that the experts are spread over."""
+        return self.scale_out * self.scale_up * self.context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +371,9 @@ class RunConfig:
         _require(self.batch.sequence_length <= self.model.max_position_embeddings,
                  f"batch.sequence_length ({self.batch.sequence_length}) must not exceed "
                  f"model.max_position_embeddings ({self.model.max_position_embeddings})")
+        _require(self.batch.sequence_length % self.mesh.context == 0,
+                 f"batch.sequence_length ({self.batch.sequence_length}) must be divisible by mesh.context "
+                 f"({self.mesh.context}), the devices that share a sequence")
         check_expert_layout(self.model, self.mesh)
 
     @property
@@ -382,8 +389,8 @@ def check_expert_layout(model: ModelConfig, mesh: MeshConfig) -> None:
     """Raises `ConfigError` unless experts and their groups divide over the expert-parallel axes."""
     ranks = mesh.expert_parallel
     _require(model.n_routed_experts % ranks == 0,
-             f"model.n_routed_experts ({model.n_routed_experts}) must be divisible by mesh.scale_out*mesh.scale_up "
-             f"({mesh.scale_out}*{mesh.scale_up}={ranks})")
+             f"model.n_routed_experts ({model.n_routed_experts}) must be divisible by "
+             f"mesh.scale_out*mesh.scale_up*mesh.context ({mesh.scale_out}*{mesh.scale_up}*{mesh.context}={ranks})")
     _require(model.n_group == 1 or model.n_group % mesh.scale_out == 0,
              f"model.n_group ({model.n_group}) must be divisible by mesh.scale_out ({mesh.scale_out}): "
              "an expert group lives on one node")

@@ -6,9 +6,11 @@ Mesh axes, slowest first:
     data       replicas of the expert-parallel group
     scale_out  nodes or slices, joined by the slow network (InfiniBand, DCN)
     scale_up   devices of one node or slice, joined by the fast network (NVLink, ICI)
+    context    neighbours among those that share a sequence, each with its stretch of it
 
-A batch is split over data, scale_out and scale_up alike. Experts are split over (scale_out, scale_up), so the groups
-of the node-limited router are the scale_out index. No tensor parallelism (paper 1, section 4.2).
+A batch is split over data, scale_out and scale_up alike, and the sequences themselves over context. Experts are split
+over (scale_out, scale_up, context), so the groups of the node-limited router are the scale_out index; scale_up and
+context together are one fast domain, or a part of it. No tensor parallelism (paper 1, section 4.2).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -26,17 +29,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, MeshConfig
 
-AXES = ("pipe", "data", "scale_out", "scale_up")
+AXES = ("pipe", "data", "scale_out", "scale_up", "context")
 BATCH_AXES = ("data", "scale_out", "scale_up")
-EXPERT_AXES = ("scale_out", "scale_up")
+FAST_AXES = ("scale_up", "context")
+EXPERT_AXES = ("scale_out", *FAST_AXES)
+TOKENS = PartitionSpec(BATCH_AXES, "context")
+"""An array [B, T, ...] whose tokens are spread over all devices."""
 
 # Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
 # first that divides takes an axis (ZeRO). `COMPUTE` lays out weights while they are used: only experts stay apart.
 # The slowest network is the minor axis of storage, so that `gather_for_compute` can bring the small parts over it first
 # and the whole over the fast one.
+SPREAD = (*FAST_AXES, "scale_out", "data")
 COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES, "layer": ("pipe",)}
 STORAGE: dict[str, tuple[str, ...]] = COMPUTE | {
-    name: ("scale_up", "scale_out", "data") for name in ("embed", "vocab", "heads", "latent", "mlp")}
+    name: SPREAD for name in ("embed", "vocab", "heads", "latent", "mlp")}
 
 
 def fast_domain(device: Any) -> int:
@@ -50,28 +57,27 @@ def fast_domain(device: Any) -> int:
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None,
               domain_of: Callable[[Any], int] = fast_domain) -> Mesh:
-    """The mesh of `config` over `devices` (default: all), with scale_up inside one fast domain.
+    """The mesh of `config` over `devices` (default: all), with scale_up and context inside one fast domain.
 
     Args:
       domain_of: the fast domain of a device.
 
     Raises:
-      ConfigError: too few devices, devices left over, or scale_up that straddles fast domains.
+      ConfigError: too few devices, devices left over, or scale_up*context that straddles fast domains.
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = config.pipe * config.scale_out * config.scale_up
+    fixed = config.pipe * config.expert_parallel
     data = config.data or max(1, len(devices) // fixed)
-    shape = (config.pipe, data, config.scale_out, config.scale_up)
+    shape = (config.pipe, data, config.scale_out, config.scale_up, config.context)
     needed = math.prod(shape)
+    product = f"mesh {'*'.join(AXES)} ({'*'.join(map(str, shape))}={needed})"
     if needed > len(devices):
         raise ConfigError(
-            f"mesh pipe*data*scale_out*scale_up ({'*'.join(map(str, shape))}={needed}) needs more than the "
-            f"{len(devices)} {devices[0].platform} device(s) found: make an axis smaller"
+            f"{product} needs more than the {len(devices)} {devices[0].platform} device(s) found: make an axis smaller"
             + (f", or add --mesh.simulate-devices {needed} to split the CPU" if devices[0].platform == "cpu" else ""))
     if needed < len(devices):
-        raise ConfigError(f"mesh pipe*data*scale_out*scale_up ({'*'.join(map(str, shape))}={needed}) leaves "
-                          f"{len(devices) - needed} of {len(devices)} devices idle: leave mesh.data unset, or make "
-                          "the axes' product equal the number of devices")
+        raise ConfigError(f"{product} leaves {len(devices) - needed} of {len(devices)} devices idle: leave mesh.data "
+                          "unset, or make the axes' product equal the number of devices")
     return Mesh(_arrange(devices, shape, domain_of), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -90,8 +96,11 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...],
         outer[axis] = math.gcd(shape[axis], left)
         left //= outer[axis]
     if left != 1:
-        raise ConfigError(f"mesh.scale_up ({shape[3]}) does not fit inside one fast domain of {size} devices: "
-                          f"make it divide {size}")
+        up, context = shape[3:]
+        fast = f"mesh.scale_up ({up})"
+        if context > 1:
+            fast = f"mesh.scale_up*mesh.context ({up}*{context}={up * context})"
+        raise ConfigError(f"{fast} does not fit inside one fast domain of {size} devices: make it divide {size}")
     inner = tuple(whole // out for whole, out in zip(shape, outer, strict=True))
     blocks = np.empty(tuple(outer), dtype=object)
     for index, members in zip(np.ndindex(*outer), domains.values(), strict=True):
@@ -142,11 +151,43 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
+def context_size() -> int:
+    """Devices that share a sequence on the mesh in use; 1 outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first dimension of `x` split over the batch axes; nothing outside a mesh."""
+    """Keeps `x` [B, T, ...] split over all devices, its rows over the batch axes and T, if it divides, over context;
+    nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    divides = x.ndim > 1 and x.shape[1] % context_size() == 0
+    return jax.lax.with_sharding_constraint(x, TOKENS if divides else PartitionSpec(BATCH_AXES))
+
+
+def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` of one device's parts, run by every device of the mesh in use (`jax.shard_map`).
+
+    What enters whole, such as weights, has its gradient summed over the devices: hence check_vma is off.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    return jax.shard_map(function, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def copy_for_each_device(state: Any) -> Any:
+    """`state` with a leading dimension, one copy for each device, to enter `on_each_device` by PartitionSpec(SPREAD).
+
+    The gradient of what enters whole is summed there by an all-reduce, always. That of copies is summed by the
+    partitioner, which makes it a reduce-scatter where the gradient is stored spread, in the same order of axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[axis] for axis in SPREAD)
+
+    def one(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (devices, *x.shape)), PartitionSpec(SPREAD))
+    return jax.tree.map(one, state)
 
 
 def gather_for_compute(state: Any) -> Any:
@@ -169,11 +210,16 @@ def gather_for_compute(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def _names(axes: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a `PartitionSpec`, which may be None, a name or several."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def _gather_steps(storage: PartitionSpec, compute: PartitionSpec) -> Iterator[PartitionSpec]:
     """The layouts between storage and compute: `storage` without data, then without scale_out either, as far as
     `compute` does not use them."""
-    used = {axis for axes in compute for axis in axes or ()}
-    spec = [tuple(axes or ()) for axes in storage]
+    used = {axis for axes in compute for axis in _names(axes)}
+    spec = [_names(axes) for axes in storage]
     for axis in ("data", "scale_out"):
         if axis not in used and any(axis in axes for axes in spec):
             spec = [tuple(name for name in axes if name != axis) for axes in spec]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 from dsv3_jax.config import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    Recompute,
     ReportConfig,
     RopeScaling,
     RunConfig,
@@ -116,5 +121,28 @@ RUNS: dict[str, RunConfig] = {
         steps=20, precision="float32"),
 }
 
-# The pod that a layout is made for.
-PODS: dict[str, str] = {}
+
+
+class Layout(NamedTuple):
+    """A pod and how a model lies on it."""
+
+    pod: str
+    mesh: MeshConfig
+    micro_batches: int
+    recompute: Recompute
+
+
+# DeepSeek-V3 with the paper's batch of 15,360 sequences of 4096, each compiled for its pod by the pod's own compiler
+# (experiments/results/pods). Full sharding, since no pipeline holds a sixteenth of the layers yet; experts over 64
+# devices as in paper 2, section 3.2, one group a node on GPU. On 2,048 devices two share a sequence, 7.5 being no
+# number of sequences.
+LAYOUTS: dict[str, Layout] = {
+    "deepseek_v3_h800": Layout("h800:256x8", MeshConfig(data=32, scale_out=8, scale_up=4, context=2, zero="full"), 5,
+                               "experts"),
+    "deepseek_v3_v5p": Layout("v5p:8x8x8", MeshConfig(data=8, scale_up=64, zero="full"), 15, "experts"),
+    "deepseek_v3_tpu7x": Layout("tpu7x:8x8x8", MeshConfig(data=16, scale_up=64, zero="full"), 15, "experts"),
+}
+RUNS.update({name: dataclasses.replace(RUNS["deepseek_v3"], mesh=layout.mesh, recompute=layout.recompute,
+                                       batch=dataclasses.replace(RUNS["deepseek_v3"].batch,
+                                                                 micro_batches=layout.micro_batches))
+             for name, layout in LAYOUTS.items()})

@@ -25,9 +25,9 @@ import tyro
 
 from dsv3_jax.codesign.aot import DoesNotFit, PodReport, compile_for_pod
 from dsv3_jax.codesign.fitting import GIB, first_that_fits, search
-from dsv3_jax.codesign.pods import default_mesh, parse_pod
+from dsv3_jax.codesign.pods import Pod, default_mesh, parse_pod
 from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.presets import PODS, RUNS
+from dsv3_jax.presets import LAYOUTS, RUNS
 from experiments.command_line import finish, preset_named, say_line, standard_output_for_json, take_option
 
 
@@ -61,10 +61,9 @@ def main() -> None:
     """Entry point."""
     arguments = parse(sys.argv[1:])
     jax.config.update("jax_platforms", "cpu")  # compiled for the pod; nothing runs, and no accelerator is touched
-    name = arguments.pod or PODS.get(arguments.preset)
-    if name is None:
+    if arguments.pod is None and arguments.preset not in LAYOUTS:
         raise ConfigError(f"--preset {arguments.preset} has no pod of its own: name one, such as --pod h800:256x8")
-    pod = parse_pod(name)
+    pod = parse_pod(arguments.pod or LAYOUTS[arguments.preset].pod)
     config = dataclasses.replace(arguments.config,
                                  mesh=default_mesh(arguments.config.model, pod, arguments.config.mesh))
     with standard_output_for_json(arguments.json) as write_json:
@@ -74,7 +73,7 @@ def main() -> None:
             write_json(single_report(arguments, config, pod))
 
 
-def single_report(arguments: Arguments, config: RunConfig, pod: Any) -> dict[str, Any]:
+def single_report(arguments: Arguments, config: RunConfig, pod: Pod) -> dict[str, Any]:
     """Compiles once; if that does not fit, tries remedies."""
     mesh = config.mesh
     say_line(f"compiling {arguments.preset} for {pod}: {pod.devices} devices, scale_up {mesh.scale_up}, scale_out "
@@ -104,16 +103,16 @@ def single_report(arguments: Arguments, config: RunConfig, pod: Any) -> dict[str
     return told
 
 
-def search_report(config: RunConfig, pod: Any) -> dict[str, Any]:
+def search_report(config: RunConfig, pod: Pod) -> dict[str, Any]:
     """The largest micro-batch of each level of recomputation."""
-    best = search(config, pod, say_line)
-    for attempt in best:
-        say_line(f"fits {attempt.change}: {(attempt.report.hbm_bytes - attempt.report.peak_bytes) / GIB:.2f} GiB left, "
-                 f"scheduled {attempt.report.scheduled_seconds:.2f} s a step")
+    best = [(attempt.change, attempt.report) for attempt in search(config, pod, say_line) if attempt.report]
+    for change, report in best:
+        say_line(f"fits {change}: {(report.hbm_bytes - report.peak_bytes) / GIB:.2f} GiB left, scheduled "
+                 f"{report.scheduled_seconds:.2f} s a step")
     if not best:
         say_line("nothing fits: use more devices, or --mesh.zero full")
     return {"pod": str(pod), "fits": bool(best),
-            "best": [{"change": attempt.change, **dataclasses.asdict(attempt.report)} for attempt in best]}
+            "best": [{"change": change, **dataclasses.asdict(report)} for change, report in best]}
 
 
 def table(report: PodReport) -> list[str]:

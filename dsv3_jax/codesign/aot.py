@@ -23,10 +23,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.codesign.collectives import Collective, collectives
 from dsv3_jax.codesign.counting import training_flops_per_token
-from dsv3_jax.codesign.hlo import Walk, arrays, is_grouped_product, matrix_flops, parse, shape_bytes
+from dsv3_jax.codesign.hlo import Walk, arrays, grouped_shape, is_grouped_product, matrix_flops, parse, shape_bytes
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.mesh import COMPUTE, STORAGE, batch_shards, partition_spec
+from dsv3_jax.nn.moe import expert_tile
 from dsv3_jax.training.state import abstract_state
 from dsv3_jax.training.step import compile_train_step
 
@@ -168,8 +169,12 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
            preset: str) -> PodReport:
     """What the compiled program says; `memory` is its memory analysis."""
     kind, batch = pod.hardware, config.batch
-    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0})
     tokens = batch.sequences * batch.sequence_length / mesh.size
+    # Loops whose length is known at run time only: with experts evenly loaded there is one round of dispatch, and the
+    # grouped products that no kernel serves go through their rows tile by tile.
+    rows = tokens / batch.micro_batches * config.model.num_experts_per_tok
+    tile = expert_tile(rows * config.mesh.expert_parallel / config.model.n_routed_experts)
+    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile})
     flops = _flops(walk, config, tokens / batch.micro_batches)
     peak_rate = {form: kind.peak_flops.get(form, kind.peak_flops["bf16"]) for form in ("bf16", "fp8")}
     compute = sum(flops.by_format[form] / peak_rate[form] for form in flops.by_format)
@@ -187,13 +192,13 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
         pod=str(pod), preset=preset, program="train_step", devices=mesh.size, mesh=dict(mesh.shape),
         precision=config.precision, recompute=config.recompute, zero=config.mesh.zero, sequences=batch.sequences,
         sequence_length=batch.sequence_length, micro_batches=batch.micro_batches,
-        sequences_per_device=batch.micro_batch / batch_shards(mesh), compile_seconds=seconds,
+        sequences_per_device=batch.micro_batch / mesh.size, compile_seconds=seconds,
         host_peak_bytes=host_peak_bytes(), argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes, peak_bytes=needed, hbm_bytes=kind.hbm_bytes,
         fits=needed <= kind.hbm_bytes, memory_by_kind=memory_by_kind(config, mesh, memory.temp_size_in_bytes),
         largest_buffers=_largest_buffers(walk), flops_per_device=flops.total,
         flops_per_token=flops.total / tokens,
-        flops_per_token_by_cause=flops.by_cause(model, tokens), model_flops_per_token=model,
+        flops_per_token_by_cause=flops.by_cause(model, tokens, config), model_flops_per_token=model,
         expert_padding_flops_per_token=flops.padding / tokens, collectives=totals,
         overlapped_share=sum(total.overlapped_bytes for total in totals) / sent if sent else 1.0,
         compute_seconds=compute, fast_seconds=fast, slow_seconds=slow, floor_seconds=floor,
@@ -214,6 +219,8 @@ class _Flops(NamedTuple):
     by_format: dict[str, float]
     attention_core: float
     """Scores and values, forward and backward, without recomputation."""
+    running_sums: float
+    """Cumulative sums that XLA:TPU computes as matrix products, without recomputation."""
     padding: float
     """Left out of the others: rows of the grouped products beyond an even load."""
 
@@ -221,18 +228,23 @@ class _Flops(NamedTuple):
     def total(self) -> float:
         return sum(self.by_pass.values())
 
-    def by_cause(self, model: float, tokens: float) -> dict[str, float]:
+    def by_cause(self, model: float, tokens: float, config: RunConfig) -> dict[str, float]:
         """FLOPs per token by what they are for; adds up to the total."""
+        m = config.model
+        layers = m.num_hidden_layers + m.num_nextn_predict_layers
+        up_projection = 6.0 * m.kv_lora_rank * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim) * layers
         causes = {"model": model, "recomputation": self.by_pass["recomputation"] / tokens,
                   # The analytic count has the lower triangle; the program computes the square and masks it.
-                  "masked_attention": self.attention_core / 2 / tokens}
+                  "masked_attention": self.attention_core / 2 / tokens, "running_sums": self.running_sums / tokens,
+                  # Devices that share a sequence each make all its keys and values from the latents.
+                  "context_up_projection": (config.mesh.context - 1) * up_projection}
         return {**causes, "other": self.total / tokens - sum(causes.values())}
 
 
 def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
     """Counts the program's products; `tokens` is those of one device in one micro-batch."""
     by_pass, by_format = dict.fromkeys(PASSES, 0.0), {"bf16": 0.0, "fp8": 0.0}
-    core = padding = 0.0
+    core = sums = padding = 0.0
     even = tokens * config.model.num_experts_per_tok
     for computation, line, times in walk.instructions():
         flops = times * matrix_flops(computation, line)
@@ -240,16 +252,17 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
             continue
         operands = [array for name in line.operands for array in arrays(computation[name].shape)]
         if is_grouped_product(line):
-            rows = max(dims[0] for _, dims in operands if len(dims) == 2)
+            rows = grouped_shape(computation, line)[0]
             padding += flops * max(0.0, 1 - even / rows)
             flops *= min(1.0, even / rows)
         which = _pass_of(line.op_name)
         by_pass[which] += flops
         fp8 = all(dtype.startswith("f8") for dtype, dims in operands if len(dims) > 1)
         by_format["fp8" if fp8 else "bf16"] += flops
-        if "attention_core" in line.op_name and which in ("forward", "backward"):
-            core += flops
-    return _Flops(by_pass, by_format, core, padding)
+        if which != "recomputation":
+            core += flops if "attention_core" in line.op_name else 0.0
+            sums += flops if "reduce-window" in line.op_name else 0.0
+    return _Flops(by_pass, by_format, core, sums, padding)
 
 
 def _pass_of(op_name: str) -> str:

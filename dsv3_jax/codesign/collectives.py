@@ -77,12 +77,16 @@ def collectives(walk: Walk, layout: Layout) -> list[Collective]:
 
 def _collectives_of(walk: Walk, computation: Computation,
                     line: Instruction) -> list[tuple[str, Computation, Instruction]]:
-    """The collectives that `line` starts or is, itself or inside its fusion or asynchronous computation."""
+    """The collectives that `line` starts or is, itself or inside its fusion or asynchronous computation.
+
+    XLA:TPU gives collectives to the SparseCores of newer chips as `custom-call-start` with a computation of their own.
+    """
     kind = line.opcode.removesuffix("-start")
     if kind in KINDS:
         return [(kind, computation, line)]
-    if line.opcode in ("fusion", "async-start"):
-        inner = [walk.program.computations[name] for name in line.called("calls")]
+    if line.opcode in ("fusion", "async-start", "call-start", "custom-call-start"):
+        called = line.called("calls", "to_apply", "called_computations")
+        inner = [walk.program.computations[name] for name in called]
         return [(inside.opcode, body, inside) for body in inner for inside in body.values() if inside.opcode in KINDS]
     return []
 

@@ -19,7 +19,8 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _PARENTHESIS = re.compile(r"[()]")
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)="
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|called_computations|branch_computations|true_computation|"
+                     r"false_computation)="
                      r"(?:%([\w.\-]+)|\{([^}]*)\})")
 
 
@@ -170,9 +171,9 @@ class Walk:
         count = trip_count(self.program, computation, loop)
         if count is not None:
             return count
-        parts = loop.op_name.split("/")
+        own = loop.op_name.split("/body/")[-1].split("/")
         for scope, times in self.loops.items():
-            if parts[-2:] == [scope, "while"]:
+            if scope in own:
                 return times
         if loop.op_name not in self.unknown:
             self.unknown.append(loop.op_name)
@@ -236,7 +237,7 @@ def matrix_flops(computation: Computation, line: Instruction) -> float:
         if "__cublas" in line.attributes:
             return _dot_flops(computation, line, r'"lhs_contracting_dimensions":\[([\d,"]*)\]')
         if is_grouped_product(line):
-            return _grouped_flops(computation, line)
+            return 2.0 * math.prod(grouped_shape(computation, line))
     return 0.0
 
 
@@ -253,16 +254,16 @@ def _dot_flops(computation: Computation, line: Instruction, pattern: str) -> flo
     return 2.0 * math.prod(result) * math.prod(left[i] for i in contracted)
 
 
-def _grouped_flops(computation: Computation, line: Instruction) -> float:
-    """2*P*D*F for the [E, D, F] among operands and result; P is the number of rows there is room for."""
+def grouped_shape(computation: Computation, line: Instruction) -> tuple[int, int, int]:
+    """(P, D, F) of a grouped product, from the [E, D, F] among its operands and result and the rows [P, D] or [P, F]
+    that there is room for; zeros for the kernel that computes where groups start."""
     shapes = [dims for name in line.operands for _, dims in arrays(computation[name].shape)]
     shapes += [dims for _, dims in arrays(line.shape)]
     stacks = [dims for dims in shapes if len(dims) == 3]
     if not stacks:
-        return 0.0  # the kernel that computes where groups start
+        return 0, 0, 0
     _, width, inner = stacks[0]
-    rows = max((dims[0] for dims in shapes if len(dims) == 2 and dims[1] in (width, inner)), default=0)
-    return 2.0 * rows * width * inner
+    return max((dims[0] for dims in shapes if len(dims) == 2 and dims[1] in (width, inner)), default=0), width, inner
 
 
 def _convolution_flops(computation: Computation, line: Instruction) -> float:

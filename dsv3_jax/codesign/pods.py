@@ -140,11 +140,13 @@ def layout_of(pod: Pod, mesh: Mesh) -> Layout:
 def default_mesh(model: ModelConfig, pod: Pod, config: MeshConfig) -> MeshConfig:
     """`config` with expert-parallel axes from the pod where it has none: scale_up inside a fast domain, scale_out
     over as many domains as the router has groups; the rest is data."""
-    if config.expert_parallel > 1 or config.data is not None:
+    if config.scale_out * config.scale_up > 1 or config.data is not None:
         return config
-    up = max(size for size in _divisors(pod.devices_per_domain) if model.n_routed_experts % size == 0)
-    out = max(size for size in _divisors(pod.domains)
-              if model.n_routed_experts % (size * up) == 0 and (model.n_group == 1 or model.n_group % size == 0))
+    near, experts, groups = config.context, model.n_routed_experts, model.n_group
+    up = max((size for size in _divisors(pod.devices_per_domain)
+              if pod.devices_per_domain % (size * near) == 0 and experts % (size * near) == 0), default=1)
+    out = max((size for size in _divisors(pod.domains)
+               if experts % (size * up * near) == 0 and (groups == 1 or groups % size == 0)), default=1)
     return dataclasses.replace(config, scale_up=up, scale_out=out)
 
 

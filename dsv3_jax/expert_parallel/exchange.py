@@ -1,9 +1,9 @@
 """Node-limited dispatch and combine in two hops (paper 1, section 4.3; paper 2, section 3.2.2).
 
 Dispatch sends one copy of a token to each node that has an expert of it, over scale_out; that node forwards one copy
-to each of its devices concerned, over scale_up; the device makes one copy for each of its experts. Combine is the same
-path backwards: summed on the device, then inside the node, then at home, so the slow network carries one row for a
-(token, node) pair either way.
+to each of its devices concerned, in one hop over scale_up and context; the device makes one copy for each of its
+experts. Combine is the same path backwards: summed on the device, then inside the node, then at home, so the slow
+network carries one row for a (token, node) pair either way.
 
 This transport uses XLA's padded all-to-all. Its buffers hold what a round's quota allows (`rounds`), and a caller that
 keeps to the quota loses no token.
@@ -28,6 +28,10 @@ from dsv3_jax.expert_parallel.permutation import (
 )
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
+from dsv3_jax.mesh import FAST_AXES
+
+Axis = str | tuple[str, ...]
+"""A mesh axis, or several in order that count as one, the last fastest."""
 
 
 class Plan(NamedTuple):
@@ -56,19 +60,19 @@ def _hop(owner_RK: jax.Array, owners: int, rows_each: int) -> Permutation:
     return permutation(bucket, rows_each * jnp.arange(owners), owners * rows_each)
 
 
-def _swap(x: jax.Array, axis: str) -> jax.Array:
+def _swap(x: jax.Array, axis: Axis) -> jax.Array:
     """Sends the n-th chunk of rows to the n-th rank of `axis`; its own inverse and its own transpose."""
     return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _send(rows: jax.Array, weights_RK: jax.Array, experts_RK: jax.Array, hop: Permutation,
-          axis: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+          axis: Axis) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows with their choices and weights, copied by `hop` and exchanged over `axis`; empty slots choose nothing."""
     experts = jnp.where(hop.choice_S[:, None] >= 0, copy_to_slots(experts_RK, hop), -1)
     return _swap(copy_to_slots(rows, hop), axis), _swap(copy_to_slots(weights_RK, hop), axis), _swap(experts, axis)
 
 
-def _local(experts_RK: jax.Array, axis: str, size: int) -> jax.Array:
+def _local(experts_RK: jax.Array, axis: Axis, size: int) -> jax.Array:
     """Experts counted from the first of this rank along `axis`; -1 for those of other ranks, `size` a rank."""
     local = experts_RK - size * jax.lax.axis_index(axis)
     return jnp.where((experts_RK >= 0) & (local >= 0) & (local < size), local, -1)
@@ -94,7 +98,7 @@ def _owner(experts_RK: jax.Array, size: int, ranks: int) -> jax.Array:
 @jax.named_scope("dispatch")
 def dispatch(hidden_TD: jax.Array, experts_TK: jax.Array, weights_TK: jax.Array, topology: Topology, quota: Quota,
              alignment: int = 1) -> tuple[jax.Array, Plan]:
-    """Brings tokens to their experts. Runs inside a `shard_map` over scale_out and scale_up where they exceed one.
+    """Brings tokens to their experts. Runs inside a `shard_map` over the expert axes where they exceed one.
 
     Args:
       hidden_TD: this device's tokens, [T, D].
@@ -119,8 +123,8 @@ def dispatch(hidden_TD: jax.Array, experts_TK: jax.Array, weights_TK: jax.Array,
         owner = _owner(experts, topology.experts_per_device, topology.scale_up)
         rows_each = min(rows.shape[0], topology.scale_out * quota.device_choices)
         device_hop = _hop(owner, topology.scale_up, rows_each)
-        rows, weights, experts = _send(rows, weights, experts, device_hop, "scale_up")
-        experts = _local(experts, "scale_up", topology.experts_per_device)
+        rows, weights, experts = _send(rows, weights, experts, device_hop, FAST_AXES)
+        experts = _local(experts, FAST_AXES, topology.experts_per_device)
 
     here = topology.experts_per_device
     experts, weights = _compact(experts, weights, here)
@@ -140,7 +144,7 @@ def combine(outputs_PD: jax.Array, plan: Plan) -> jax.Array:
 
     Sums are float32 at each level (device, node, home) and rounded to the outputs' dtype for the network between them.
     """
-    hops = [("scale_up", plan.device_hop), ("scale_out", plan.node_hop)]
+    hops: list[tuple[Axis, Permutation | None]] = [(FAST_AXES, plan.device_hop), ("scale_out", plan.node_hop)]
     levels = [(axis, hop) for axis, hop in hops if hop is not None]
     dtypes = [outputs_PD.dtype] * len(levels) + [jnp.dtype(jnp.float32)]
     rows = weighted_sum_from_slots(outputs_PD, plan.weights_P, plan.to_experts, dtypes[0])

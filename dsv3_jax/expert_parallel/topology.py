@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dsv3_jax.mesh import FAST_AXES
+
 
 class Topology(NamedTuple):
     """Expert e lives on node e // experts_per_node, there on device e % experts_per_node // experts_per_device."""
@@ -11,6 +13,7 @@ class Topology(NamedTuple):
     experts: int
     scale_out: int = 1
     scale_up: int = 1
+    """Devices of one node: of the mesh axes scale_up and context together."""
 
     @property
     def devices(self) -> int:
@@ -27,5 +30,4 @@ class Topology(NamedTuple):
     @property
     def axes(self) -> tuple[str, ...]:
         """Mesh axes that experts are really spread over."""
-        sizes = {"scale_out": self.scale_out, "scale_up": self.scale_up}
-        return tuple(name for name, size in sizes.items() if size > 1)
+        return ("scale_out",) * (self.scale_out > 1) + FAST_AXES * (self.scale_up > 1)

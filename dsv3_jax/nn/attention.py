@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.mesh import SPREAD, TOKENS, context_size, copy_for_each_device, on_each_device
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import apply_rope, softmax_scale
@@ -64,29 +66,57 @@ class MultiHeadLatentAttention(nnx.Module):
         chex.assert_axis_dimension(hidden_BTD, 2, c.hidden_size)
         q_nope, q_rope = self.query(hidden_BTD, positions_T)
         latent_BTC, k_rope = self.latent(hidden_BTD, positions_T)
-        kv = self.kv_b_proj(latent_BTC)
-        kv = kv.reshape(*kv.shape[:-1], c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
-        k_nope, value = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
-        out = causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(c))
+        attend = _attend_over_context if context_size() > 1 else _attend
+        out = attend(c, self.kv_b_proj, q_nope, q_rope, latent_BTC, k_rope)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out")
         return self.o_proj(out)
 
 
+def _attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array, latent_BTC: jax.Array,
+            k_rope: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """`causal_attention` of queries [B, Q, ...] on keys and values projected up from the latent [B, T, C]."""
+    kv = kv_b_proj(latent_BTC)
+    kv = kv.reshape(*kv.shape[:-1], config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
+    k_nope, value = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+    return causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(config), start, QUERY_CHUNK)
+
+
+def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
+                         latent_BTC: jax.Array, k_rope: jax.Array) -> jax.Array:
+    """`_attend` where devices share a sequence: each attends from its own stretch of it, to all of it.
+
+    What travels is the latent, kv_lora_rank + qk_rope_head_dim values a token (576 in V3), and in the backward its
+    gradient; keys and values would be 32,768 a token, and as much again for their gradient. In return each device
+    projects the whole sequence up: at context 2, 2.9% more FLOPs in a layer of V3.
+    """
+    graphdef, weights = nnx.split(kv_b_proj)
+
+    def local(copy: nnx.State, q_nope: jax.Array, q_rope: jax.Array, latent_BQC: jax.Array,
+              k_rope: jax.Array) -> jax.Array:
+        latent_BTC, k_rope = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (latent_BQC, k_rope))
+        start = jax.lax.axis_index("context") * q_nope.shape[1]
+        own = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], copy))
+        return _attend(config, own, q_nope, q_rope, latent_BTC, k_rope, start)
+    return on_each_device(local, (PartitionSpec(SPREAD), TOKENS, TOKENS, TOKENS, TOKENS), TOKENS)(
+        copy_for_each_device(weights), q_nope, q_rope, latent_BTC, k_rope)
+
+
 @jax.named_scope("attention_core")
 def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, value: jax.Array,
-                     scale: float, chunk: int = QUERY_CHUNK) -> jax.Array:
+                     scale: float, start: jax.Array | int = 0, chunk: int = QUERY_CHUNK) -> jax.Array:
     """softmax(scale * (q^C.k^C + q^R.k^R)) v with a causal mask and a float32 softmax (equation 10).
 
     Args:
-      q_nope, k_nope: [B, T, H, qk_nope_head_dim].
-      q_rope: [B, T, H, qk_rope_head_dim]; k_rope: [B, T, qk_rope_head_dim], shared by all heads.
+      q_nope: [B, Q, H, qk_nope_head_dim]; k_nope: [B, T, H, qk_nope_head_dim].
+      q_rope: [B, Q, H, qk_rope_head_dim]; k_rope: [B, T, qk_rope_head_dim], shared by all heads.
       value: [B, T, H, v_head_dim].
-      chunk: queries whose scores are held at once; memory is B*H*chunk*T scores instead of B*H*T*T.
+      start: position of the first query among the keys.
+      chunk: queries whose scores are held at once; memory is B*H*chunk*T scores instead of B*H*Q*T.
 
     Returns:
-      [B, T, H, v_head_dim] in value's dtype.
+      [B, Q, H, v_head_dim] in value's dtype.
     """
-    length = q_nope.shape[1]
+    queries, length = q_nope.shape[1], k_nope.shape[1]
 
     def attend(q_nope: jax.Array, q_rope: jax.Array, start: jax.Array | int) -> jax.Array:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32)
@@ -95,12 +125,12 @@ def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_
         weights = jax.nn.softmax(jnp.where(past, scores * scale, -jnp.inf), axis=-1)
         return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
 
-    if length <= chunk or length % chunk:
-        return attend(q_nope, q_rope, 0)
+    if queries <= chunk or queries % chunk:
+        return attend(q_nope, q_rope, start)
 
     def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], queries // chunk, chunk, *x.shape[2:]), 1, 0)
 
     out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)),
-                      (chunks(q_nope), chunks(q_rope), chunk * jnp.arange(length // chunk)))
-    return jnp.moveaxis(out, 0, 1).reshape(*value.shape[:1], length, *value.shape[2:])
+                      (chunks(q_nope), chunks(q_rope), start + chunk * jnp.arange(queries // chunk)))
+    return jnp.moveaxis(out, 0, 1).reshape(*value.shape[:1], queries, *value.shape[2:])

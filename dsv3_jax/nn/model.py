@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.mesh import constrain_batch, gather_for_compute
+from dsv3_jax.mesh import constrain_batch, context_size, gather_for_compute
 from dsv3_jax.nn.block import Block, gathered, recomputed, run_stack, stack_of
 from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
@@ -53,10 +53,8 @@ class DeepSeekV3(nnx.Module):
           execution: how it is computed.
         """
         depth = len(self.mtp) if mtp else 0
-        length = tokens.shape[1] - depth
-        positions_T = jnp.arange(length)
-        embedded = constrain_batch(gathered(self.embed_tokens)(tokens))
-        hidden_BTD = embedded[:, :length]
+        positions_T = jnp.arange(tokens.shape[1] - depth)
+        hidden_BTD, *ahead_BTD = _embed(self.embed_tokens, tokens, depth)
         if self.config.first_k_dense_replace:
             hidden_BTD, _ = run_stack(self.dense_layers, hidden_BTD, positions_T, execution)
         hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, execution)
@@ -65,8 +63,7 @@ class DeepSeekV3(nnx.Module):
         previous = hidden_BTD if self.config.mtp_hidden == "pre_norm" else normed
         mtp_hidden, mtp_stats = [], []
         for k in range(1, depth + 1):
-            previous, layer_stats = _run_mtp(self.mtp[k - 1], previous, embedded[:, k:k + length], positions_T,
-                                             execution)
+            previous, layer_stats = _run_mtp(self.mtp[k - 1], previous, ahead_BTD[k - 1], positions_T, execution)
             mtp_hidden.append(self.mtp[k - 1].norm(previous))
             mtp_stats.append(jax.tree.map(lambda x: x[None], layer_stats))
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, *mtp_stats)
@@ -75,6 +72,19 @@ class DeepSeekV3(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [..., V], float32; serves the main model and every depth."""
         return self.lm_head(hidden_BTD)
+
+
+def _embed(table: Embedding, tokens: jax.Array, depth: int) -> list[jax.Array]:
+    """int [B, T + depth] -> depth + 1 times [B, T, D]: the vectors of each position's token, of the next, and so on."""
+    embed, length = gathered(table), tokens.shape[1] - depth
+    if context_size() == 1:
+        embedded = constrain_batch(embed(tokens))
+        return [embedded[:, k:k + length] for k in range(depth + 1)]
+    # T + depth columns do not divide over devices, and to shift vectors from device to device is an exchange: each
+    # device looks up its positions' tokens of every depth, in one gather, so that the gradient is one scatter.
+    ids_BTK = jnp.stack([tokens[:, k:k + length] for k in range(depth + 1)], axis=2)
+    embedded_BTKD = constrain_batch(embed(constrain_batch(ids_BTK)))
+    return [embedded_BTKD[:, :, k] for k in range(depth + 1)]
 
 
 def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.rounds import Quota, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
-from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES
+from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, FAST_AXES, TOKENS, on_each_device
 from dsv3_jax.nn.linear import FeedForward, normal_param, swiglu
 from dsv3_jax.nn.router import NodeLimitedRouter, Routing, expert_load, sequence_balance_loss
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -58,14 +59,13 @@ class RoutedExperts(nnx.Module):
         if mesh.empty or mesh.size == 1:
             out_BTD, rounds = run(*arguments, topology=Topology(config.n_routed_experts))
         else:
-            topology = Topology(config.n_routed_experts, mesh.shape["scale_out"], mesh.shape["scale_up"])
-            axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-                    if kind != AxisType.Manual}
-            tokens, weights = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXES)
-            # check_vma off: expert weights enter replicated over `data`, and their gradient is summed over it here.
-            out_BTD, rounds = jax.shard_map(
-                functools.partial(run, topology=topology), axis_names=axes, check_vma=False,
-                in_specs=(tokens, tokens, tokens, weights, weights), out_specs=(tokens, tokens))(*arguments)
+            topology = Topology(config.n_routed_experts, mesh.shape["scale_out"],
+                                math.prod(mesh.shape[axis] for axis in FAST_AXES))
+            weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
+            # Expert weights enter replicated over `data`, and their gradient is summed over it here.
+            out_BTD, rounds = on_each_device(
+                functools.partial(run, topology=topology), in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
+                out_specs=(TOKENS, devices))(*arguments)
         return out_BTD, jnp.max(rounds)
 
 
@@ -76,7 +76,7 @@ def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.
     width, top_k = hidden_BTD.shape[-1], experts_BTK.shape[-1]
     hidden_TD, experts_TK = hidden_BTD.reshape(-1, width), experts_BTK.reshape(-1, top_k)
     quota = round_quota(topology, len(hidden_TD), top_k, reach, capacity_factor)
-    tile = _tile(experts_TK.size / topology.experts_per_device)
+    tile = expert_tile(experts_TK.size / topology.experts_per_device)
     one_round = functools.partial(_one_round, topology=topology, quota=quota, tile=tile)
     arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
     out_TD, rounds = in_rounds(one_round, experts_TK, arrays, topology, quota)
@@ -94,7 +94,7 @@ def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Arra
     return combine(checkpoint_name(outputs_PD, "expert_out"), plan)
 
 
-def _tile(rows_per_expert: float) -> int:
+def expert_tile(rows_per_expert: float) -> int:
     """The power of two, up to LARGEST_TILE, that pads balanced experts by about an eighth."""
     tile = 8
     while tile < LARGEST_TILE and 4 * tile < rows_per_expert:

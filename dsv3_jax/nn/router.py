@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.mesh import TOKENS, on_each_device
 from dsv3_jax.nn.linear import normal_param
 
 
@@ -54,14 +56,27 @@ class NodeLimitedRouter(nnx.Module):
 def choose_experts(config: ModelConfig, scores_E: jax.Array, bias_E: jax.Array) -> Routing:
     """The choice and the weights, given scores float32 [..., E] and bias [E]; ties go to the lowest index."""
     biased_E = scores_E + bias_E if config.topk_method == "noaux_tc" else scores_E
-    candidates_E = _within_best_groups(config, jax.lax.stop_gradient(biased_E))
+
+    def best(biased_E: jax.Array) -> jax.Array:
+        return jax.lax.top_k(_within_best_groups(config, biased_E), config.num_experts_per_tok)[1]
     # Kept for the backward at every level of recomputation: a near-tie that fell the other way the second time would
     # pair a weight's gradient with another expert.
-    experts_K = checkpoint_name(jax.lax.top_k(candidates_E, config.num_experts_per_tok)[1], "plan")
+    experts_K = checkpoint_name(_of_own_tokens(best, jax.lax.stop_gradient(biased_E)), "plan")
     weights_K = jnp.take_along_axis(scores_E, experts_K, axis=-1)
     if config.norm_topk_prob:
         weights_K /= jnp.sum(weights_K, axis=-1, keepdims=True) + 1e-20
     return Routing(experts_K, weights_K * config.routed_scaling_factor, scores_E)
+
+
+def _of_own_tokens(rank: Callable[[jax.Array], jax.Array], scores_E: jax.Array) -> jax.Array:
+    """`rank(scores_E)` for each device's own tokens, if scores are [B, T, E] on a mesh.
+
+    Left to itself, XLA gathers the scores of all tokens on every device to sort where B and T both are split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or scores_E.ndim != 3:
+        return rank(scores_E)
+    return on_each_device(rank, TOKENS, TOKENS)(scores_E)
 
 
 def _within_best_groups(config: ModelConfig, scores_E: jax.Array) -> jax.Array:
@@ -89,7 +104,7 @@ def sequence_balance_loss(config: ModelConfig, scores_BTE: jax.Array) -> jax.Arr
     f counts the K best of the unbiased scores of all experts, as the equation has it, not the router's actual choice.
     """
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-    best_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), top_k)[1]
+    best_BTK = _of_own_tokens(lambda scores_E: jax.lax.top_k(scores_E, top_k)[1], jax.lax.stop_gradient(scores_BTE))
     chosen_BTE = jnp.sum(jax.nn.one_hot(best_BTK, experts, dtype=jnp.float32), axis=-2)
     f_BE = jnp.mean(chosen_BTE, axis=1) * experts / top_k
     p_BE = jnp.mean(scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True), axis=1)

@@ -159,7 +159,10 @@ class Trainer:
                        jnp.int32(sequences // self.config.batch.micro_batch), position.after(sequences))
 
     def _tokens(self, position: Position, sequences: int) -> jax.Array:
-        """int32 [micro_batches, micro_batch, T + lookahead]; each process reads only the rows its devices hold."""
+        """int32 [micro_batches, micro_batch, T + lookahead]; each process reads only the rows its devices hold.
+
+        Processes whose devices share a sequence read the same rows; `Batches` gives all of them the same tokens.
+        """
         batch = self.config.batch
         shape = (batch.micro_batches, batch.micro_batch, batch.sequence_length + self._lookahead)
         parts: dict[tuple[int, int], np.ndarray] = {}
@@ -278,7 +281,7 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"batch.sequences/batch.micro_batches ({config.batch.sequences}/{config.batch.micro_batches}="
             f"{config.batch.micro_batch}) must be divisible by the mesh's data*scale_out*scale_up ({shards}): "
-            "change batch.sequences, batch.micro_batches or the mesh")
+            "change batch.sequences, batch.micro_batches or the mesh (with mesh.context, devices share a sequence)")
 
 
 def train(config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Execution
-from dsv3_jax.mesh import BATCH_AXES
+from dsv3_jax.mesh import TOKENS, on_each_device
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.linear import OutputHead
 from dsv3_jax.nn.model import DeepSeekV3, ModelOutput
@@ -58,8 +58,8 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def negative_log_likelihood(head: OutputHead, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(head(hidden))[target], float32 [B, T], never holding all the logits of a long sequence.
 
-    On a mesh each device sees its own rows and the whole head, so that the head's gradient is summed over devices once
-    and not for each chunk.
+    On a mesh each device sees its own tokens and the whole head, so that the head's gradient is summed over devices
+    once and not for each chunk.
     """
     graphdef, weights = nnx.split(head)
 
@@ -68,9 +68,7 @@ def negative_log_likelihood(head: OutputHead, hidden_BTD: jax.Array, targets_BT:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(weights, hidden_BTD, targets_BT)
-    rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(local, in_specs=(PartitionSpec(), rows, rows), out_specs=rows,
-                         check_vma=False)(weights, hidden_BTD, targets_BT)
+    return on_each_device(local, (PartitionSpec(), TOKENS, TOKENS), TOKENS)(weights, hidden_BTD, targets_BT)
 
 
 @jax.named_scope("head")

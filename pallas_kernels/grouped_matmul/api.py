@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import ragged_dot, reference, tiled
 
-Backend = Literal["reference", "tiled", "ragged_dot", "hopper"]
+Backend = Literal["reference", "tiled", "ragged_dot", "hopper", "megablox"]
 
 _HOPPER_NEEDS = "bfloat16, an alignment divisible by 64 that divides the rows, and widths divisible by 128"
 _log = logging.getLogger(__name__)
@@ -31,9 +31,10 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
       group_sizes_E: int32 [E]; a group may be empty. The sum is at most P.
       alignment: a number that divides P and every group size, if the caller padded them so.
       backend: None picks by the platform that the program is compiled for, which need not be the one it is traced on.
-        On TPU that is `ragged_dot`, a ragged kernel there. On CPU and NVIDIA XLA multiplies every row with every group,
-        so it is what works tile by tile: the Hopper kernels if they serve the shape and card, else a loop; and if
-        groups are not aligned, the reference on CPU and `ragged_dot` on NVIDIA.
+        On TPU that is `ragged_dot`, a ragged kernel there; on Ironwood, where it is none, JAX's `megablox`. On CPU and
+        NVIDIA XLA multiplies every row with every group, so it is what works tile by tile: the Hopper kernels if they
+        serve the shape and card, else a loop; and if groups are not aligned, the reference on CPU and `ragged_dot` on
+        NVIDIA.
 
     Returns:
       [P, F] in rows' dtype, accumulated in float32; zero past the last group.
@@ -102,7 +103,19 @@ def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array)
         *operands,
         cpu=functools.partial(run, aligned or "reference"),
         cuda=functools.partial(run, on_nvidia),
-        default=functools.partial(run, "ragged_dot"))
+        default=functools.partial(run, "megablox" if _tpu_is_ironwood() and _megablox_serves(shape) else "ragged_dot"))
+
+
+def _tpu_is_ironwood() -> bool:
+    """Whether to compile for Ironwood when compiling for TPU: so says the mesh, or else the TPU at hand."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return kind.startswith("TPU7")
+
+
+def _megablox_serves(shape: _Shape) -> bool:
+    """Whether `megablox` computes the product and both gradients."""
+    return _module("megablox").serves(shape.rows, shape.dtype)
 
 
 def _nvidia_is_hopper() -> bool:
@@ -130,4 +143,7 @@ def _module(backend: Backend) -> ModuleType:
     if backend == "hopper":
         from pallas_kernels.grouped_matmul import gpu  # a quarter of a second that a small CPU run need not pay
         return gpu
+    if backend == "megablox":
+        from pallas_kernels.grouped_matmul import megablox
+        return megablox
     return {"reference": reference, "tiled": tiled, "ragged_dot": ragged_dot}[backend]

@@ -23,7 +23,12 @@ def _run(**changes):
 
 
 BAD = {
-    "experts over ranks": (_run(mesh=c.MeshConfig(scale_out=4, scale_up=3)), ["16", "4*3=12", "n_routed_experts"]),
+    "experts over ranks": (_run(mesh=c.MeshConfig(scale_out=4, scale_up=3)), ["16", "4*3*1=12", "n_routed_experts"]),
+    "experts over context": (_run(mesh=c.MeshConfig(scale_up=8, context=4)),
+                             ["n_routed_experts (16)", "scale_up*mesh.context (1*8*4=32)"]),
+    "sequence over context": (_run(mesh=c.MeshConfig(context=16), batch=c.BatchConfig(sequence_length=40)),
+                              ["batch.sequence_length (40)", "mesh.context (16)"]),
+    "no context": (lambda: c.MeshConfig(context=0), ["mesh.context (0)", "at least 1"]),
     "groups over nodes": (_run(mesh=c.MeshConfig(scale_out=8)), ["n_group (4)", "scale_out (8)"]),
     "kept groups": (_model(topk_group=5), ["topk_group (5)", "n_group (4)"]),
     "experts over groups": (_model(n_routed_experts=18), ["18", "n_group (4)"]),
@@ -43,9 +48,10 @@ BAD = {
     "beta": (lambda: c.OptimizerConfig(beta2=1.0), ["beta2 (1.0)"]),
     "distributed": (lambda: c.DistributedConfig(coordinator="localhost:1"), ["go together"]),
     "mesh over devices": (lambda: make_mesh(c.MeshConfig(scale_out=4, scale_up=4)),
-                          ["4*4=16", "8 cpu", "--mesh.simulate-devices 16"]),
+                          ["4*4*1=16", "8 cpu", "--mesh.simulate-devices 16"]),
     "idle devices": (lambda: make_mesh(c.MeshConfig(data=1, scale_up=4)), ["4 of 8", "mesh.data"]),
     "scale_up over a host": (lambda: make_mesh(c.MeshConfig(scale_up=3)), ["scale_up"]),
+    "context over devices": (lambda: make_mesh(c.MeshConfig(scale_up=4, context=4)), ["*context (1*1*1*4*4=16)"]),
 }
 
 
@@ -66,7 +72,8 @@ def test_v3_preset_has_its_node_limit():
     assert (MODELS["deepseek_v3"].n_group, MODELS["deepseek_v3"].topk_group) == (8, 4)
 
 
-def test_run_folder_of_before_the_capacity_factor_loads():
+def test_run_folder_of_before_capacity_factor_and_context_loads():
     values = json.loads(c.to_json(TINY))
-    del values["mesh"]["capacity_factor"]
+    del values["mesh"]["capacity_factor"], values["mesh"]["context"]
     assert c.run_from_dict(values).execution == c.Execution("paper", 1.5)
+    assert c.run_from_dict(values).mesh.context == 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, megablox
 
 GROUPS = {"uneven": [8, 0, 24, 16], "all in one": [0, 0, 64, 0], "full": [16, 16, 16, 16], "none": [0, 0, 0, 0]}
 
@@ -37,6 +37,24 @@ def test_product_and_gradients(backend, sizes, dtype):
     for got, want in ((out, expected), (d_rows, dx), (d_weights, dw)):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=relative, atol=20 * relative)
+
+
+@pytest.mark.parametrize("sizes", [[128, 0, 64, 20], [0, 0, 256, 0], [0, 0, 0, 0]], ids=str)
+def test_megablox_interpreted(sizes):
+    """Unused rows hold NaN: the kernels must not touch them, and what they leave there must be zero."""
+    rng = np.random.default_rng(0)
+    used = np.arange(256)[:, None] < sum(sizes)
+    x, w, g = (rng.normal(size=shape).astype(np.float32) for shape in ((256, 128), (4, 128, 256), (256, 256)))
+    rows, weights, cotangent = (jnp.asarray(a) for a in (np.where(used, x, np.nan), w, np.where(used, g, np.nan)))
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    out = megablox.product(rows, weights, group_sizes, interpret=True)
+    d_rows, d_weights = megablox.gradients(rows, weights, group_sizes, cotangent, interpret=True)
+    expected, dx, dw = np.zeros((256, 256)), np.zeros((256, 128)), np.zeros((4, 128, 256))
+    for e, end in enumerate(np.cumsum(sizes)):
+        part = slice(end - sizes[e], end)
+        expected[part], dx[part], dw[e] = x[part] @ w[e], g[part] @ w[e].T, x[part].T @ g[part]
+    for got, want in ((out, expected), (d_rows, dx), (d_weights, dw)):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_unaligned_groups_take_a_backend_that_serves_them():

@@ -7,7 +7,6 @@ written down from the equations of dispatch and of weight gathering.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 
@@ -27,22 +26,9 @@ TOKENS = 2 * 256
 """Of one device: 32 sequences on 16."""
 
 
-@functools.cache
 def compiled(pod: str, mesh: MeshConfig) -> PodReport:
-    return compile_for_pod(dataclasses.replace(RUN, mesh=mesh), parse_pod(pod))
-
-
-def sixteen_gpus() -> PodReport:
-    return compiled("h100:2x8", RUN.mesh)
-
-
-PODS = [("h100:2x8", RUN.mesh), ("v5e:4x4", MeshConfig(scale_up=16, zero="full")),
-        ("v5e:2x4,slices=2", RUN.mesh)]
-
-
-@pytest.mark.parametrize(("pod", "mesh"), PODS, ids=[pod for pod, _ in PODS])
-def test_report_of_each_machine(pod, mesh):
-    report = compiled(pod, mesh)
+    """The report, after the checks that hold for every machine."""
+    report = compile_for_pod(dataclasses.replace(RUN, mesh=mesh), parse_pod(pod))
     assert report.devices == 16
     assert report.fits
     assert 0 < report.peak_bytes < report.hbm_bytes
@@ -52,61 +38,64 @@ def test_report_of_each_machine(pod, mesh):
     assert report.memory_by_kind["weights"] == pytest.approx(4 * parameters / 16, rel=0.02)
     assert report.memory_by_kind["optimizer"] == pytest.approx(4 * parameters / 16, rel=0.02)
     assert report.argument_bytes >= report.memory_by_kind["weights"] + report.memory_by_kind["optimizer"]
-    assert report.floor_seconds == max(report.compute_seconds, report.fast_seconds, report.slow_seconds)
-    assert report.scheduled_seconds >= report.compute_seconds
-
-
-@pytest.mark.parametrize(("pod", "mesh"), PODS, ids=[pod for pod, _ in PODS])
-def test_flops_are_the_analytic_ones_and_what_is_named(pod, mesh):
-    report = compiled(pod, mesh)
+    # FLOPs are the analytic ones and what is named.
     causes = report.flops_per_token_by_cause
     assert sum(causes.values()) == pytest.approx(report.flops_per_token)
     assert abs(causes["other"]) < 0.02 * report.model_flops_per_token
     assert causes["recomputation"] > 0
     assert causes["masked_attention"] > 0
+    assert report.floor_seconds == max(report.compute_seconds, report.fast_seconds, report.slow_seconds)
+    assert report.scheduled_seconds >= report.compute_seconds
+    assert all(total.slow_bytes == 0 for total in report.collectives if total.axis == "scale_up")
+    assert all(total.slow_bytes == total.bytes for total in report.collectives if total.axis == "scale_out")
+    return report
 
 
-def test_all_to_all_bytes_are_those_of_a_hand_count():
-    """Each hop carries the buffers of the quota (capacity 1.5), once each for: dispatch, its recomputation, combine,
-    and the two ways back; and beside the rows, the choices (int32) and weights (float32) of every row."""
-    width, top_k, reach = MODEL.hidden_size, 4, 2
-    node_rows = min(TOKENS, int(1.5 * TOKENS * reach / 2))  # every token may visit both nodes: the worst case
+def test_one_slice():
+    report = compiled("v5e:4x4", MeshConfig(scale_up=16, zero="full"))
+    assert report.slow_seconds == 0
+    assert {total.kind for total in report.collectives} >= {"all-to-all", "all-gather"}
+
+
+def test_two_slices():
+    report = compiled("v5e:2x4,slices=2", RUN.mesh)
+    assert report.slow_seconds > 0
+    hops = {total.axis: total.bytes for total in report.collectives if total.kind == "all-to-all"}
+    assert hops == _bytes_of_dispatch_and_combine()
+
+
+def _bytes_of_dispatch_and_combine() -> dict[str, float]:
+    """Each hop carries the buffers of the quota (capacity 1.5).
+
+    Rows in bf16 five times: dispatch, its recomputation, combine, and the ways back of both. The float32 weights of all
+    rows go out twice and their gradient comes back; the int32 choices go once, being kept for the backward.
+    """
+    width, top_k, reach = MODEL.hidden_size, MODEL.num_experts_per_tok, MODEL.topk_group
+    node_rows = min(TOKENS, int(1.5 * TOKENS * reach / 2))
     device_choices = int(1.5 * TOKENS * top_k / 16)
-    rows = {"scale_out": 2 * node_rows, "scale_up": 8 * min(2 * node_rows, 2 * device_choices)}
-    found = {total.axis: total for total in sixteen_gpus().collectives if total.kind == "all-to-all"}
-    assert set(found) == set(rows)
-    for axis, ranks in (("scale_out", 2), ("scale_up", 8)):
-        sent = (ranks - 1) / ranks * rows[axis]
-        # Rows in bf16 five times; weights out twice (forward, recomputation) and their gradient back once; choices
-        # out twice.
-        assert found[axis].bytes == sent * (5 * 2 * width + 3 * 4 * top_k + 2 * 4 * top_k)
-        assert found[axis].slow_bytes == (found[axis].bytes if axis == "scale_out" else 0)
+    rows = {("scale_out", 2): 2 * node_rows, ("scale_up", 8): 8 * min(2 * node_rows, 2 * device_choices)}
+    return {axis: (ranks - 1) / ranks * count * (5 * 2 * width + 3 * 4 * top_k + 4 * top_k)
+            for (axis, ranks), count in rows.items()}
 
 
-def test_bytes_of_gathered_weights_are_those_of_a_hand_count():
-    """Full sharding gathers what a layer uses when it runs and again when the backward recomputes it; embedding and
-    head once. The experts live where they are used and are not gathered."""
-    count = count_parameters(MODEL).by_part
-    report = sixteen_gpus()
-    gathers = [total for total in report.collectives if total.kind == "all-gather"]
-    matrices = sum(size for part, size in count.items() if part not in ("routed experts", "norms", "routers",
-                                                                         "embedding", "output head"))
-    both = 2 * (2 * matrices + 4 * count["routers"] + 4 * (count["norms"] - MODEL.hidden_size))
-    once = 2 * (count["embedding"] + count["output head"]) + 4 * MODEL.hidden_size  # and the last norm
-    assert sum(total.bytes for total in gathers) == 15 / 16 * (both + once)
+def _bytes_of_gathered_weights() -> float:
+    """Full sharding gathers what a layer uses when it runs and again when the backward recomputes it, embedding, head
+    and last norm once; in bf16, routers and norm gains in float32. Experts live where they are used."""
+    count, m = count_parameters(MODEL).by_part, MODEL
+    gains = m.num_hidden_layers * (2 * m.hidden_size + m.q_lora_rank + m.kv_lora_rank)
+    matrices = (count["attention"] - m.num_hidden_layers * (m.q_lora_rank + m.kv_lora_rank)
+                + count["dense feed-forward"] + count["shared experts"])
+    once = 2 * (count["embedding"] + count["output head"]) + 4 * m.hidden_size
+    return 15 / 16 * (2 * (2 * matrices + 4 * count["routers"] + 4 * gains) + once)
 
 
-def test_the_slow_network_is_the_one_between_hosts_and_slices():
-    for pod in ("h100:2x8", "v5e:2x4,slices=2"):
-        report = compiled(pod, RUN.mesh)
-        assert all(total.slow_bytes == 0 for total in report.collectives if total.axis == "scale_up")
-        assert all(total.slow_bytes == total.bytes for total in report.collectives if total.axis == "scale_out")
-        assert report.slow_seconds > 0
-    assert compiled("v5e:4x4", MeshConfig(scale_up=16, zero="full")).slow_seconds == 0
-
-
-def test_gpu_schedule_hides_some_communication():
-    report = sixteen_gpus()
+def test_sixteen_gpus_on_two_hosts():
+    report = compiled("h100:2x8", RUN.mesh)
+    hops = {total.axis: total.bytes for total in report.collectives if total.kind == "all-to-all"}
+    assert hops == _bytes_of_dispatch_and_combine()
+    assert sum(total.bytes for total in report.collectives
+               if total.kind == "all-gather") == _bytes_of_gathered_weights()
+    # XLA:GPU's scheduler hides some of it behind products.
     assert 0 < report.overlapped_share < 1
     assert any(total.hidden_seconds > 0 for total in report.collectives)
 

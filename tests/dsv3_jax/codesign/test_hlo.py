@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - compiled programs have long lines
 """The reader of compiled programs, on hand-written ones whose counts can be done in the head."""
 
 from __future__ import annotations
@@ -145,6 +146,30 @@ ENTRY %main (p: {shape}) -> {shape} {{
 """
     (found,) = collectives(Walk(parse(program), {}), LAYOUT)
     assert (found.axes, found.fast_bytes, found.slow_bytes) == (("scale_out", "scale_up"), fast, slow)
+
+
+def test_collective_on_the_sparsecore():
+    """Started, updated and done as a custom call, the way XLA:TPU does it on Ironwood, around a 4x8 by 8x6 product."""
+    program = """HloModule m, is_scheduled=true
+
+%called (p0: f32[2,8]) -> f32[8,8] {
+  %p0 = f32[2,8]{1,0} parameter(0)
+  ROOT %all-gather.4 = f32[8,8]{1,0} all-gather(%p0), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: f32[2,8], a: f32[4,8], b: f32[8,6]) -> f32[8,8] {
+  %w = f32[2,8]{1,0} parameter(0)
+  %a = f32[4,8]{1,0} parameter(1)
+  %b = f32[8,6]{1,0} parameter(2)
+  %start = ((), (), (s32[8192]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="TODO", called_computations={%called}, frontend_attributes={is_spmd_generated="true"}
+  %update = ((f32[2,8]{1,0}), f32[8,8]{1,0}, (s32[8192]{0})) custom-call-update(%start, %w), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  %product = f32[4,6]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = f32[8,8]{1,0} custom-call-done(%update)
+}
+"""
+    (found,) = collectives(Walk(parse(program), {}), LAYOUT)
+    assert (found.kind, found.axes, found.fast_bytes) == ("all-gather", ("scale_up",), 3 * 64)
+    assert found.flops_between == 2 * 4 * 8 * 6
 
 
 def test_all_to_all_on_a_torus_counts_links():

@@ -17,10 +17,10 @@ from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, permutation, sum_from_slots
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
-from dsv3_jax.mesh import make_mesh
+from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, make_mesh
 
 EXPERTS, TOP_K, TOKENS, WIDTH = 16, 3, 64, 8
-MESHES = [(1, 1), (2, 4), (4, 2), (8, 1), (1, 8), (2, 2)]
+MESHES = [(1, 1, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 8, 1), (2, 2, 1), (2, 2, 2), (1, 1, 4)]
 ALL = Quota(TOKENS, TOKENS * TOP_K)
 """Room for any routing in one round."""
 
@@ -50,20 +50,22 @@ def _moe(hidden, experts, weights, scale_E, *, topology, alignment):
     return combine(rows * jnp.append(scale_E, 0)[expert_P][:, None], plan)
 
 
-def _on_mesh(scale_out: int, scale_up: int, alignment: int):
-    topology = Topology(EXPERTS, scale_out, scale_up)
+TOKENS_AXES = P((*BATCH_AXES, "context"))
+
+
+def _on_mesh(scale_out: int, scale_up: int, context: int, alignment: int):
+    topology = Topology(EXPERTS, scale_out, scale_up * context)
     run = functools.partial(_moe, topology=topology, alignment=alignment)
-    if scale_out * scale_up == 1:
+    if topology.devices == 1:
         return run
-    mesh = make_mesh(MeshConfig(scale_out=scale_out, scale_up=scale_up))
-    tokens, experts = P(("data", "scale_out", "scale_up")), P(("scale_out", "scale_up"))
-    return jax.shard_map(run, mesh=mesh, in_specs=(tokens, tokens, tokens, experts), out_specs=tokens,
+    mesh = make_mesh(MeshConfig(scale_out=scale_out, scale_up=scale_up, context=context))
+    return jax.shard_map(run, mesh=mesh, in_specs=(*[TOKENS_AXES] * 3, P(EXPERT_AXES)), out_specs=TOKENS_AXES,
                          check_vma=False)
 
 
-@pytest.mark.parametrize(("scale_out", "scale_up"), MESHES)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "all to the same experts", "one node"])
-def test_every_choice_is_computed_and_brought_home(scale_out, scale_up, kind):
+def test_every_choice_is_computed_and_brought_home(sizes, kind):
     rng = np.random.default_rng(1)
     experts, hidden = _choices(kind), _payload()
     weights = rng.uniform(0.1, 1, experts.shape).astype(np.float32)
@@ -71,7 +73,7 @@ def test_every_choice_is_computed_and_brought_home(scale_out, scale_up, kind):
     cotangent = _payload(seed=5)
 
     def loss(hidden, weights, scale):
-        out = _on_mesh(scale_out, scale_up, 4)(hidden, jnp.asarray(experts), weights, scale)
+        out = _on_mesh(*sizes, 4)(hidden, jnp.asarray(experts), weights, scale)
         return jnp.sum(out * cotangent), out
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(hidden, weights, scale)
 
@@ -120,9 +122,8 @@ def test_slow_network_carries_one_row_for_a_token_and_node():
     def sent(hidden, experts, weights):
         _, plan = dispatch(hidden, experts, weights, topology, ALL)
         return jnp.sum(plan.node_hop.choice_S >= 0)[None], jnp.sum(plan.device_hop.choice_S >= 0)[None]
-    tokens = P(("data", "scale_out", "scale_up"))
     node_rows, device_rows = jax.jit(jax.shard_map(
-        sent, mesh=mesh, in_specs=(tokens,) * 3, out_specs=(tokens, tokens), check_vma=False))(
+        sent, mesh=mesh, in_specs=(TOKENS_AXES,) * 3, out_specs=(TOKENS_AXES,) * 2, check_vma=False))(
         _payload(), jnp.asarray(experts), jnp.ones(experts.shape, jnp.float32))
     assert node_rows.sum() == sum(len(set(row // 4)) for row in experts)
     assert device_rows.sum() == sum(len(set(row // 2)) for row in experts)

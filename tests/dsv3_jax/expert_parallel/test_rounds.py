@@ -17,7 +17,7 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.rounds import Quota, assign_rounds, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
-from dsv3_jax.mesh import make_mesh
+from dsv3_jax.mesh import EXPERT_AXES, make_mesh
 
 EXPERTS, TOP_K, TOKENS, WIDTH = 16, 3, 16, 4
 MESHES = [(1, 1, 1), (1, 1, 4), (1, 2, 4), (1, 4, 2), (1, 8, 1), (2, 2, 2)]
@@ -180,7 +180,9 @@ def test_repeats_are_bit_identical():
 def _assign(experts_NUTK, topology, quota):
     """Every source's rounds, with sources as mapped axes instead of devices."""
     assign = functools.partial(assign_rounds, topology=topology, quota=quota)
-    return jax.vmap(jax.vmap(assign, axis_name="scale_up"), axis_name="scale_out")(experts_NUTK)
+    for axis in ("context", "scale_up", "scale_out"):
+        assign = jax.vmap(assign, axis_name=axis)
+    return assign(experts_NUTK[:, :, None])
 
 
 @settings(max_examples=80, deadline=None)
@@ -234,8 +236,8 @@ def test_buffers_hold_the_balanced_load_times_the_factor():
         rows, plan = dispatch(hidden, experts, weights, V3, quota, alignment=128)
         shapes.update(rows=rows.shape[0], node=len(plan.node_hop.choice_S), device=len(plan.device_hop.choice_S))
         return combine(rows, plan)
-    tokens = P(("scale_out", "scale_up"))
-    mesh = AbstractMesh((8, 8), ("scale_out", "scale_up"), axis_types=(AxisType.Auto,) * 2)
+    tokens = P(EXPERT_AXES)
+    mesh = AbstractMesh((8, 4, 2), EXPERT_AXES, axis_types=(AxisType.Auto,) * 3)
     jax.eval_shape(jax.shard_map(record, mesh=mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False),
                    jax.ShapeDtypeStruct((64 * V3_TOKENS, 7168), jnp.bfloat16),
                    jax.ShapeDtypeStruct((64 * V3_TOKENS, V3_TOP_K), jnp.int32),

@@ -54,11 +54,12 @@ def test_logits_equal_the_oracle(changes):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(("scale_out", "scale_up"), [(2, 4), (4, 2), (1, 8), (2, 2)])
-def test_expert_parallel_logits_equal_the_oracle(scale_out, scale_up, eight_devices):
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (4, 2, 1), (1, 8, 1), (2, 1, 2)], ids=str)
+def test_expert_parallel_logits_equal_the_oracle(sizes, eight_devices):
+    """scale_out, scale_up and context; the rest is data."""
     weights, tokens = oracle.random_weights(TINY, seed=2), _tokens(TINY, batch=8)
     expected, expected_mtp = oracle.forward(TINY, weights, tokens)
-    with jax.set_mesh(make_mesh(MeshConfig(scale_out=scale_out, scale_up=scale_up))):
+    with jax.set_mesh(make_mesh(MeshConfig(1, None, *sizes))):
         actual = jax.jit(_logits)(model_from_oracle(TINY, weights), tokens)
     for got, want in zip(actual, [expected, *expected_mtp], strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -47,14 +47,14 @@ def _gradients(execution: Execution):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("recompute", ["none", "paper", "full"])
-def test_rounds_change_nothing_but_time(recompute):
+@pytest.mark.parametrize(("recompute", "scale_up", "context"), [("none", 4, 1), ("paper", 2, 2), ("full", 4, 1)])
+def test_rounds_change_nothing_but_time(recompute, scale_up, context):
     """Float32 sums of the same terms in another order."""
     _, params, hidden, routing, _ = _case()
     arguments = (params, hidden, routing.weights_K)
     plain, (out, rounds) = _gradients(Execution())(*arguments)
     assert int(rounds) == 1
-    with jax.set_mesh(make_mesh(MeshConfig(scale_out=2, scale_up=4))):
+    with jax.set_mesh(make_mesh(MeshConfig(scale_out=2, scale_up=scale_up, context=context))):
         program = _gradients(Execution(recompute, 1.0)).lower(*arguments).compile()
         grads, (out_in_rounds, rounds) = program(*arguments)
     assert int(rounds) > 1

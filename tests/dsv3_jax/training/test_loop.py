@@ -53,7 +53,7 @@ def tiny(corpus, tmp_path_factory) -> RunConfig:
 def one_device_unless_asked(monkeypatch):
     """A mesh takes as many of the 8 simulated devices as it names."""
     def some(config, devices=None):
-        return make_mesh(config, jax.devices()[:(config.data or 1) * config.scale_out * config.scale_up])
+        return make_mesh(config, jax.devices()[:(config.data or 1) * config.expert_parallel])
     monkeypatch.setattr(loop, "make_mesh", some)
 
 
@@ -120,17 +120,23 @@ def test_it_learns_and_reports(tiny, tmp_path):
 
 def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(tiny, tmp_path):
     """20 steps in float32: losses differ by rounding alone (4e-7 seen). Then the state saved on 8 devices continues on
-    2, and that of one device on one; restoring on any mesh gives the same bits. With the least capacity, most steps on
-    8 devices dispatch in several rounds."""
-    eight = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=4, capacity_factor=1.0))
-    train(tiny, tmp_path / "one", _quiet)
-    train(eight, tmp_path / "eight", _quiet)
+    2, and that of one device on 8; restoring on any mesh gives the same bits. With the least capacity, most steps on
+    8 devices dispatch in several rounds. On 8 and on 2, pairs of devices share sequences."""
+    eight = dataclasses.replace(
+        tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=2, context=2, capacity_factor=1.0),
+        report=ReportConfig(sample_every=20, sample_prompt="one two", sample_tokens=2))
+    said: list[str] = []
+    summaries = [train(tiny, tmp_path / "one", _quiet), train(eight, tmp_path / "eight", said.append)]
+    assert any(line.startswith("mesh pipe=1 data=1 scale_out=2 scale_up=2 context=2 ") for line in said)
+    assert any(line.startswith("sample step 20") for line in said)
+    one, other = (summary["validation_bits_per_byte"] for summary in summaries)
+    assert other == pytest.approx(one, rel=1e-5)
     rounds = {folder: [r["dispatch_rounds"] for r in _records(tmp_path / folder) if "loss" in r]
               for folder in ("one", "eight")}
     assert max(rounds["one"]) == 1
     assert np.median(rounds["eight"]) > 1
     np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=3e-6)
-    two = dataclasses.replace(tiny, mesh=MeshConfig(data=1, scale_up=2))
+    two = dataclasses.replace(tiny, mesh=MeshConfig(data=1, context=2))
     saved = _final_state(eight, tmp_path / "eight")
     for config in (tiny, two):
         for name, value in _final_state(config, tmp_path / "eight").items():

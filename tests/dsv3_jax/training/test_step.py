@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import BatchConfig, MeshConfig, OptimizerConfig
-from dsv3_jax.mesh import make_mesh
+from dsv3_jax.mesh import batch_sharding, make_mesh
 from dsv3_jax.nn.router import sequence_balance_loss
 from dsv3_jax.presets import MODELS, RUNS
 from dsv3_jax.training.checkpoint import named_leaves
@@ -172,8 +172,7 @@ def _three_steps(**changes):
     losses = []
     for _ in range(3):
         state, metrics = step(state, jax.device_put(
-            tokens.reshape(batch.micro_batches, batch.micro_batch, -1), jax.sharding.NamedSharding(
-                mesh, jax.sharding.PartitionSpec(None, ("data", "scale_out", "scale_up")))),
+            tokens.reshape(batch.micro_batches, batch.micro_batch, -1), batch_sharding(mesh, leading=1)),
             jnp.int32(batch.micro_batches), StepSettings(*map(jnp.float32, (3e-3, 1e-3, 0.3))))
         losses.append([float(metrics.losses.main), float(metrics.losses.mtp), float(metrics.grad_norm)])
     return np.array(losses), {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
@@ -181,9 +180,11 @@ def _three_steps(**changes):
 
 @pytest.mark.parametrize("changes", [
     {"mesh": (("scale_out", 2), ("scale_up", 4), ("capacity_factor", 1.0))},
-    {"mesh": (("data", 2), ("scale_up", 4), ("zero", "full"))},
+    {"mesh": (("data", 2), ("scale_up", 2), ("context", 2), ("zero", "full"))},
+    {"mesh": (("context", 8),)},
     {"batch": (("sequences", 8), ("sequence_length", 16), ("micro_batches", 4))},
-], ids=["expert parallel in rounds", "fully sharded", "four micro-batches"])
+], ids=["expert parallel in rounds", "fully sharded, shared sequences", "one sequence over all devices",
+        "four micro-batches"])
 def test_layout_changes_no_step(changes):
     """Losses within float32 rounding; weights after three steps within Adam's amplification of it."""
     plain, plain_state = _three_steps()

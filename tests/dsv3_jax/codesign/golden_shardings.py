@@ -1,0 +1,47 @@
+"""Writes `shardings.txt`: how every parameter of every preset lies on a pod. Run it when a layout changes on purpose:
+
+  python -m tests.dsv3_jax.codesign.golden_shardings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from dsv3_jax.codesign.pods import default_mesh, parse_pod
+from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, partition_spec
+from dsv3_jax.presets import LAYOUTS, RUNS
+from dsv3_jax.training.state import split_model
+
+PATH = Path(__file__).with_name("shardings.txt")
+PODS = {"quickstart": "h100:1x8", "tiny": "h100:2x4"}
+OTHERWISE = "h100:8x8"
+
+
+def lines() -> Iterator[str]:
+    """For each preset its mesh; for each parameter its shape, and the mesh axes of its dimensions in storage and in
+    use (- is whole)."""
+    for name, run in RUNS.items():
+        pod = parse_pod(LAYOUTS[name].pod if name in LAYOUTS else PODS.get(name, OTHERWISE))
+        mesh_config = default_mesh(run.model, pod, run.mesh)
+        data = mesh_config.data or pod.devices // mesh_config.expert_parallel
+        sizes = (mesh_config.pipe, data, mesh_config.scale_out, mesh_config.scale_up, mesh_config.context)
+        mesh = jax.sharding.AbstractMesh(sizes, AXES)
+        yield f"{name} on {pod}: " + " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        params = jax.eval_shape(lambda run=run: split_model(run)[1])
+        for path, weight in nnx.to_flat_state(params):
+            shape, axes = weight.get_value().shape, weight.get_metadata("axes")
+            stored, used = (_axes(partition_spec(axes, shape, table, mesh)) for table in (STORAGE, COMPUTE))
+            yield f"  {'.'.join(map(str, path)):55s} {'x'.join(map(str, shape)):18s} stored {stored}  used {used}"
+
+
+def _axes(spec: jax.sharding.PartitionSpec) -> str:
+    parts = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    return " ".join("+".join(axes) or "-" for axes in parts)
+
+
+if __name__ == "__main__":
+    PATH.write_text("\n".join(lines()) + "\n")

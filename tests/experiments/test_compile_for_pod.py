@@ -1,0 +1,68 @@
+"""The script that compiles for pods: its errors, its JSON, and (slow) the layouts shipped for the real thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.presets import LAYOUTS
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--preset", "tiny", "--pod", "h100:2x4", "--model.hidden-size", "128", "--precision", "bf16"]
+GIB = 2 ** 30
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "experiments/compile_for_pod.py", *arguments], cwd=ROOT,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--pod", "h900:2x8"], "hardware h900 is unknown; did you mean h"),
+    (["--preset", "deepseek_v3"], "has no pod of its own: name one, such as --pod h800:256x8"),
+    (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-out", "16", "--mesh.scale-up", "8"],
+     "model.n_group (8) must be divisible by mesh.scale_out (16)"),
+    (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-up", "16"],
+     "does not fit inside one fast domain"),
+    (["--preset", "deepseek_v3", "--pod", "h800:256x8"], "must be divisible by the 2048 devices that share a batch"),
+    (["--preset", "tinny", "--pod", "h100:2x4"], "did you mean tiny?")])
+def test_mistakes_are_told_in_one_line_before_compiling(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_json_is_one_object_with_the_promised_fields():
+    done = run(*SMALL, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {"devices", "compile_seconds", "host_peak_bytes", "argument_bytes", "temporary_bytes", "peak_bytes",
+            "hbm_bytes", "fits", "flops_per_device", "flops_per_token", "collectives", "overlapped_share",
+            "floor_seconds", "mfu_floor"} <= set(told)
+    assert told["devices"] == 8
+    assert told["fits"] is True
+    assert {"kind", "axis", "count", "bytes", "overlapped_bytes"} <= set(told["collectives"][0])
+    assert "compile_seconds" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "minutes"), [("deepseek_v3_h800", 5), ("deepseek_v3_v5p", 10),
+                                                 ("deepseek_v3_tpu7x", 10)])
+def test_deepseek_v3_fits_the_pod_its_layout_is_for(preset, minutes):
+    assert set(LAYOUTS) == {"deepseek_v3_h800", "deepseek_v3_v5p", "deepseek_v3_tpu7x"}
+    done = run("--preset", preset, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["fits"]
+    assert told["sequences"] * told["sequence_length"] == 15360 * 4096
+    assert told["compile_seconds"] < 60 * minutes
+    assert told["host_peak_bytes"] < 8 * GIB
+    assert told["counted_once"] == []
+    causes = told["flops_per_token_by_cause"]
+    assert abs(causes["other"]) < 0.02 * causes["model"]
