@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from dsv3_jax.codesign.aot import DoesNotFit, PodReport, compile_for_pod
+from dsv3_jax.codesign.aot import DoesNotFit, PodReport, checked_mesh, compile_for_pod
 from dsv3_jax.codesign.fitting import GIB, first_that_fits, search
 from dsv3_jax.codesign.pods import Pod, default_mesh, parse_pod
 from dsv3_jax.config import ConfigError, RunConfig
@@ -76,6 +76,7 @@ def main() -> None:
 def single_report(arguments: Arguments, config: RunConfig, pod: Pod) -> dict[str, Any]:
     """Compiles once; if that does not fit, tries remedies."""
     mesh = config.mesh
+    checked_mesh(config, pod)  # a layout that does not divide is told before anything else
     say_line(f"compiling {arguments.preset} for {pod}: {pod.devices} devices, scale_up {mesh.scale_up}, scale_out "
              f"{mesh.scale_out}, zero {mesh.zero}, recompute {config.recompute}, {config.batch.sequences} sequences x "
              f"{config.batch.sequence_length} in {config.batch.micro_batches} micro-batches")

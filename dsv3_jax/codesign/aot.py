@@ -148,8 +148,7 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
       ConfigError: a layout that the model or the pod does not divide into; before anything compiles.
       DoesNotFit: see `compile_step`.
     """
-    mesh = pod_mesh(pod, config.mesh)
-    check_batch(config, batch_shards(mesh))
+    mesh = checked_mesh(config, pod)
     compiled, seconds = compile_step(config, mesh)
     text = compiled.as_text()
     if text_to is not None:
@@ -157,12 +156,15 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
     return report(compiled.memory_analysis(), text, seconds, config, pod, mesh, preset)
 
 
-def check_batch(config: RunConfig, shards: int) -> None:
-    """Raises `ConfigError` unless a micro-batch divides over the devices."""
+def checked_mesh(config: RunConfig, pod: Pod) -> Mesh:
+    """The mesh, if a micro-batch divides over its devices; `ConfigError` otherwise."""
+    mesh = pod_mesh(pod, config.mesh)
+    shards = batch_shards(mesh)
     if config.batch.micro_batch % shards:
         raise ConfigError(f"batch.sequences/batch.micro_batches ({config.batch.sequences}/{config.batch.micro_batches}="
                           f"{config.batch.micro_batch}) must be divisible by the {shards} devices that share a batch "
                           "(mesh.data*scale_out*scale_up)")
+    return mesh
 
 
 def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, mesh: Mesh,
@@ -261,7 +263,7 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
         by_format["fp8" if fp8 else "bf16"] += flops
         if which != "recomputation":
             core += flops if "attention_core" in line.op_name else 0.0
-            sums += flops if "reduce-window" in line.op_name else 0.0
+            sums += flops if re.search("reduce.window|cumsum", line.op_name) else 0.0
     return _Flops(by_pass, by_format, core, sums, padding)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.codesign.hlo import Computation, Instruction, Walk, operand_bytes, shape_bytes
+from dsv3_jax.codesign.hlo import DTYPE_BYTES, Computation, Instruction, Walk, arrays, operand_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -201,7 +201,8 @@ def _between_slices(line: Instruction, layout: Layout, times: float, between: fl
     """A transfer that XLA:TPU split off for the network between slices, named by what it is part of."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
     name = kind.group(1).lower().replace("_", "-") if kind else "send"
-    size = shape_bytes(line.shape)
+    dtype, dims = arrays(line.shape)[0]  # what follows is a flag and a token
+    size = DTYPE_BYTES[dtype] * math.prod(dims)
     slices = len(set(layout.domains))
     # The send buffer is one slice's copy for a gather, and everybody's parts, one's own included, for the others.
     sent = size * (slices - 1) if name == "all-gather" else size * (slices - 1) / slices

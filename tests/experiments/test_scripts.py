@@ -83,7 +83,7 @@ def test_plot_is_a_picture(finished):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--preset", "deepseek_v4"], ["deepseek_v4", "deepseek_v3"]),
     (["--preset", "tiny", "--mesh.scale-upp", "2"], ["mesh.scale-upp", "mesh.scale-up"]),
-    (["--preset", "tiny", "--mesh.scale-up", "5"], ["n_routed_experts (16)", "1*5=5"]),
+    (["--preset", "tiny", "--mesh.scale-up", "5"], ["n_routed_experts (16)", "1*5*1=5"]),
     (["--preset", "tiny", "--mesh.scale-up", "4"], ["--mesh.simulate-devices 4"]),
     (["--preset", "tiny", "--data.path", "/no/such/folder"], ["data.path", "/no/such/folder"]),
     (["--preset", "tiny", "--model.vocab-size", "100"], ["vocab_size", "100"]),
