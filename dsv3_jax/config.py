@@ -10,8 +10,10 @@ Sources: "paper 1" is arXiv 2505.09343, "paper 2" is arXiv 2412.19437 (the DeepS
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 
@@ -20,6 +22,19 @@ class ConfigError(ValueError):
 
 
 Recompute = Literal["none", "paper", "experts", "full"]
+
+
+def named(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    """`table[name]`.
+
+    Raises:
+      ConfigError: there is none; names the nearest and all there are. `kind` is what the message calls it.
+    """
+    if name not in table:
+        near = difflib.get_close_matches(name.lower(), table, n=1)
+        raise ConfigError(f"{kind} {name} is unknown{f'; did you mean {near[0]}' if near else ''}? "
+                          f"Choose from {', '.join(table)}")
+    return table[name]
 
 
 def _require(ok: bool, message: str) -> None:

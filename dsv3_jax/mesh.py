@@ -27,7 +27,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, MeshConfig
+from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig
 
 AXES = ("pipe", "data", "scale_out", "scale_up", "context")
 BATCH_AXES = ("data", "scale_out", "scale_up")
@@ -44,6 +44,12 @@ SPREAD = (*FAST_AXES, "scale_out", "data")
 COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES, "layer": ("pipe",)}
 STORAGE: dict[str, tuple[str, ...]] = COMPUTE | {
     name: SPREAD for name in ("embed", "vocab", "heads", "latent", "mlp")}
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of `AXES`; data, where it is None, takes the devices that the others leave."""
+    data = config.data or max(1, devices // (config.pipe * config.expert_parallel))
+    return config.pipe, data, config.scale_out, config.scale_up, config.context
 
 
 def fast_domain(device: Any) -> int:
@@ -66,9 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None,
       ConfigError: too few devices, devices left over, or scale_up*context that straddles fast domains.
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = config.pipe * config.expert_parallel
-    data = config.data or max(1, len(devices) // fixed)
-    shape = (config.pipe, data, config.scale_out, config.scale_up, config.context)
+    shape = mesh_shape(config, len(devices))
     needed = math.prod(shape)
     product = f"mesh {'*'.join(AXES)} ({'*'.join(map(str, shape))}={needed})"
     if needed > len(devices):
@@ -146,6 +150,16 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless a micro-batch divides over the devices."""
+    shards = batch_shards(mesh)
+    if batch.micro_batch % shards:
+        raise ConfigError(
+            f"batch.sequences/batch.micro_batches ({batch.sequences}/{batch.micro_batches}={batch.micro_batch}) must "
+            f"be divisible by the {shards} devices that share a batch (the mesh's data*scale_out*scale_up): change "
+            "batch.sequences, batch.micro_batches or the mesh (with mesh.context, devices share a sequence)")
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of an array whose dimension number `leading` is the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
@@ -167,11 +181,14 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` of one device's parts, run by every device of the mesh in use (`jax.shard_map`).
+    """`function` of one device's parts, run by every device of the mesh in use (`jax.shard_map`); without a mesh, or on
+    one device, `function` itself.
 
     What enters whole, such as weights, has its gradient summed over the devices: hence check_vma is off.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
     axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
     return jax.shard_map(function, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -210,7 +227,7 @@ def gather_for_compute(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _names(axes: Any) -> tuple[str, ...]:
+def axes_of(axes: Any) -> tuple[str, ...]:
     """Mesh axes of one entry of a `PartitionSpec`, which may be None, a name or several."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
@@ -218,8 +235,8 @@ def _names(axes: Any) -> tuple[str, ...]:
 def _gather_steps(storage: PartitionSpec, compute: PartitionSpec) -> Iterator[PartitionSpec]:
     """The layouts between storage and compute: `storage` without data, then without scale_out either, as far as
     `compute` does not use them."""
-    used = {axis for axes in compute for axis in _names(axes)}
-    spec = [_names(axes) for axes in storage]
+    used = {axis for axes in compute for axis in axes_of(axes)}
+    spec = [axes_of(axes) for axes in storage]
     for axis in ("data", "scale_out"):
         if axis not in used and any(axis in axes for axes in spec):
             spec = [tuple(name for name in axes if name != axis) for axes in spec]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.presets import RUNS
+from dsv3_jax.config import ConfigError
 from dsv3_jax.training.metrics import Diverged
 
 
@@ -28,19 +26,6 @@ def take_option(arguments: Sequence[str], name: str, default: str) -> tuple[str,
         else:
             rest.append(argument)
     return value, rest
-
-
-def preset_named(name: str) -> RunConfig:
-    """The run of that name.
-
-    Raises:
-      ConfigError: there is none; names the nearest.
-    """
-    if name not in RUNS:
-        near = difflib.get_close_matches(name, RUNS, n=1)
-        raise ConfigError(f"--preset {name} is unknown{f'; did you mean {near[0]}' if near else ''}? "
-                          f"Choose from {', '.join(RUNS)}")
-    return RUNS[name]
 
 
 def say_line(line: str) -> None:

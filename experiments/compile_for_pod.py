@@ -26,9 +26,9 @@ import tyro
 from dsv3_jax.codesign.aot import DoesNotFit, PodReport, checked_mesh, compile_for_pod
 from dsv3_jax.codesign.fitting import GIB, first_that_fits, search
 from dsv3_jax.codesign.pods import Pod, default_mesh, parse_pod
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import ConfigError, RunConfig, named
 from dsv3_jax.presets import LAYOUTS, RUNS
-from experiments.command_line import finish, preset_named, say_line, standard_output_for_json, take_option
+from experiments.command_line import finish, say_line, standard_output_for_json, take_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Arguments:
 def parse(arguments: list[str]) -> Arguments:
     """Arguments over the chosen preset's defaults."""
     preset, rest = take_option(arguments, "--preset", "deepseek_v3_h800")
-    default = Arguments(config=preset_named(preset), preset=preset)
+    default = Arguments(config=named(RUNS, preset, "--preset"), preset=preset)
     return tyro.cli(Arguments, args=rest, default=default, description=__doc__,
                     config=(tyro.conf.AvoidSubcommands,))
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from dsv3_jax.codesign.counting import count_parameters, training_flops_per_token
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import named
 from dsv3_jax.presets import MODELS
 from experiments.command_line import finish, print_json
 
@@ -30,9 +30,7 @@ class Arguments:
 def main() -> None:
     """Entry point."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.preset not in MODELS:
-        raise ConfigError(f"--preset {arguments.preset} is unknown: choose from {', '.join(MODELS)}")
-    config = MODELS[arguments.preset]
+    config = named(MODELS, arguments.preset, "--preset")
     count = count_parameters(config)
     flops = training_flops_per_token(config, arguments.sequence_length, mtp=False)
     if arguments.json:

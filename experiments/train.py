@@ -19,11 +19,11 @@ from typing import Annotated
 import jax
 import tyro
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, named
 from dsv3_jax.presets import RUNS
 from dsv3_jax.training import runtime
 from dsv3_jax.training.loop import train
-from experiments.command_line import finish, preset_named, say_line, standard_output_for_json, take_option
+from experiments.command_line import finish, say_line, standard_output_for_json, take_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Arguments:
 def parse(arguments: list[str]) -> Arguments:
     """Arguments over the chosen preset's defaults."""
     preset, rest = take_option(arguments, "--preset", "quickstart")
-    return tyro.cli(Arguments, args=rest, default=Arguments(config=preset_named(preset), preset=preset),
+    return tyro.cli(Arguments, args=rest, default=Arguments(config=named(RUNS, preset, "--preset"), preset=preset),
                     description=__doc__, config=(tyro.conf.AvoidSubcommands,))
 
 

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dsv3_jax.codesign.collectives import Collective, collectives
 from dsv3_jax.codesign.counting import training_flops_per_token
 from dsv3_jax.codesign.hlo import Walk, arrays, grouped_shape, is_grouped_product, matrix_flops, parse, shape_bytes
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
-from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.mesh import COMPUTE, STORAGE, batch_shards, partition_spec
+from dsv3_jax.config import RunConfig
+from dsv3_jax.mesh import COMPUTE, STORAGE, check_batch, shardings
 from dsv3_jax.nn.moe import expert_tile
 from dsv3_jax.training.state import abstract_state
 from dsv3_jax.training.step import compile_train_step
@@ -159,11 +159,7 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
 def checked_mesh(config: RunConfig, pod: Pod) -> Mesh:
     """The mesh, if a micro-batch divides over its devices; `ConfigError` otherwise."""
     mesh = pod_mesh(pod, config.mesh)
-    shards = batch_shards(mesh)
-    if config.batch.micro_batch % shards:
-        raise ConfigError(f"batch.sequences/batch.micro_batches ({config.batch.sequences}/{config.batch.micro_batches}="
-                          f"{config.batch.micro_batch}) must be divisible by the {shards} devices that share a batch "
-                          "(mesh.data*scale_out*scale_up)")
+    check_batch(config.batch, mesh)
     return mesh
 
 
@@ -303,12 +299,12 @@ def memory_by_kind(config: RunConfig, mesh: Mesh, temporary: int) -> dict[str, i
     def held(tree: Any) -> int:
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                    for leaf in jax.tree.leaves(tree))
+    in_use = shardings(state.params, mesh, STORAGE if config.mesh.zero == "full" else COMPUTE)
     compute = gradients = 0
-    for _, variable in nnx.to_flat_state(state.params):
-        weight, axes = variable.get_value(), variable.get_metadata("axes")
-        spec = partition_spec(axes, weight.shape, STORAGE if config.mesh.zero == "full" else COMPUTE, mesh)
-        held_in = math.prod(NamedSharding(mesh, spec).shard_shape(weight.shape))
-        compute += held_in * (4 if config.precision == "float32" or variable.get_metadata("float32") else 2)
+    for (_, variable), (_, use) in zip(nnx.to_flat_state(state.params), nnx.to_flat_state(in_use), strict=True):
+        weight = variable.get_value()
+        size = 4 if config.precision == "float32" or variable.get_metadata("float32") else 2
+        compute += size * math.prod(use.get_value().shard_shape(weight.shape))
         if config.batch.micro_batches > 1:
             gradients += 4 * math.prod(weight.sharding.shard_shape(weight.shape))
     return {"weights": held(state.params), "optimizer": held(state.optimizer), "average": held(state.ema),
@@ -317,7 +313,7 @@ def memory_by_kind(config: RunConfig, mesh: Mesh, temporary: int) -> dict[str, i
 
 
 _NO_BUFFER = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant",
-              "opt-barrier", "after-all", "copy-start", "copy-done"}
+              "opt-barrier", "after-all"}
 
 
 def _largest_buffers(walk: Walk, count: int = 8) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.codesign.hlo import DTYPE_BYTES, Computation, Instruction, Walk, arrays, operand_bytes
+from dsv3_jax.codesign.hardware import all_to_all_hops
+from dsv3_jax.codesign.hlo import Computation, Instruction, Walk, operand_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -71,7 +72,7 @@ def collectives(walk: Walk, layout: Layout) -> list[Collective]:
                 found.append(_describe(kind, inside, instruction, groups, layout, times, between))
             if line.opcode == "send":
                 between = _flops_until_done(walk, computation, lines, index)
-                found.append(_between_slices(line, layout, times, between))
+                found.append(_between_slices(computation, line, layout, times, between))
     return found
 
 
@@ -188,26 +189,19 @@ def _torus_hops(members: np.ndarray, layout: Layout) -> float:
     if not layout.coordinates:
         return 0.0
     places = np.array([layout.coordinates[i] for i in members])
-    hops = 0.0
-    for place in places.T:
-        _, ring = np.unique(place, return_inverse=True)
-        size = ring.max() + 1
-        apart = np.abs(ring[:, None] - ring[None, :])
-        hops += float(np.mean(np.minimum(apart, size - apart)))
-    return hops
+    return all_to_all_hops(tuple(len(np.unique(place)) for place in places.T))
 
 
-def _between_slices(line: Instruction, layout: Layout, times: float, between: float) -> Collective:
+def _between_slices(computation: Computation, line: Instruction, layout: Layout, times: float,
+                    between: float) -> Collective:
     """A transfer that XLA:TPU split off for the network between slices, named by what it is part of."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
     name = kind.group(1).lower().replace("_", "-") if kind else "send"
-    dtype, dims = arrays(line.shape)[0]  # what follows is a flag and a token
-    size = DTYPE_BYTES[dtype] * math.prod(dims)
+    size = operand_bytes(computation, line)
     slices = len(set(layout.domains))
     # The send buffer is one slice's copy for a gather, and everybody's parts, one's own included, for the others.
     sent = size * (slices - 1) if name == "all-gather" else size * (slices - 1) / slices
-    corner = {axis: size for axis, size in layout.axes.items() if axis != "scale_up" and size > 1}
-    crossing = tuple(axis for axis in corner if _crosses(axis, layout))
+    crossing = tuple(axis for axis in layout.axes if _crosses(axis, layout))
     return Collective(name, crossing, times, 0.0, sent, 0.0, between, line.op_name)
 
 

@@ -34,10 +34,10 @@ class Attempt(NamedTuple):
         return f"tried {self.change} peak_gib {peak} of {hbm_bytes / GIB:.2f} fits {str(self.fits).lower()}{floor}"
 
 
-def attempt(change: str, config: RunConfig, pod: Pod, preset: str = "") -> Attempt:
+def attempt(change: str, config: RunConfig, pod: Pod) -> Attempt:
     """Compiles `config` and says whether it fits."""
     try:
-        report = compile_for_pod(config, pod, preset)
+        report = compile_for_pod(config, pod)
     except DoesNotFit as error:
         return Attempt(change, config, error.needed, False, None)
     return Attempt(change, config, report.peak_bytes, report.fits, report)
@@ -58,8 +58,7 @@ def micro_batch_counts(config: RunConfig, pod: Pod) -> list[int]:
 
 def remedies(config: RunConfig, pod: Pod) -> Iterator[tuple[str, RunConfig]]:
     """Changes that save memory, mildest first: each alone, then all together with ever smaller micro-batches."""
-    stronger = [level for level in RECOMPUTE_LEVELS if RECOMPUTE_LEVELS.index(level)
-                > RECOMPUTE_LEVELS.index(config.recompute)]
+    stronger = RECOMPUTE_LEVELS[RECOMPUTE_LEVELS.index(config.recompute) + 1:]
     counts = [count for count in micro_batch_counts(config, pod) if count > config.batch.micro_batches]
     sharded = dataclasses.replace(config.mesh, zero="full")
     for level in stronger:

@@ -6,12 +6,11 @@ that print a chip, a node, both directions, Gbit/s or structured sparsity are co
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, named
 
 _GIB = 2 ** 30
 
@@ -195,11 +194,7 @@ def hardware(name: str) -> Hardware:
     Raises:
         ConfigError: there is none.
     """
-    if name not in HARDWARE:
-        near = difflib.get_close_matches(name.lower(), HARDWARE, n=1)
-        raise ConfigError(f"hardware {name} is unknown{f'; did you mean {near[0]}' if near else ''}? "
-                          f"Choose from {', '.join(HARDWARE)}")
-    return HARDWARE[name]
+    return named(HARDWARE, name, "hardware")
 
 
 def peak_bf16_flops(device_kind: str) -> float | None:

@@ -12,6 +12,7 @@ Needs the extra `aot`: libtpu for TPU, the CUDA plug-in and compiler of jax's ow
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -94,7 +95,8 @@ def parse_pod(text: str) -> Pod:
     return Pod(kind, shape, slices)
 
 
-def pod_devices(pod: Pod) -> list[Any]:
+@functools.cache
+def pod_devices(pod: Pod) -> tuple[Any, ...]:
     """Compile-only devices.
 
     Raises:
@@ -113,7 +115,7 @@ def pod_devices(pod: Pod) -> list[Any]:
         settings = {"num_slices": pod.slices} if pod.slices > 1 else {}
     platform = "cuda" if pod.hardware.kind == "gpu" else "tpu"
     try:
-        return list(topologies.get_topology_desc(platform=platform, topology_name=name, **settings).devices)
+        return tuple(topologies.get_topology_desc(platform=platform, topology_name=name, **settings).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"--pod {pod}: the {platform} compiler has no such topology: {str(error).splitlines()[0]}"
                           ) from error

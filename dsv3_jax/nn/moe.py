@@ -53,19 +53,17 @@ class RoutedExperts(nnx.Module):
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
                      self.gate_up_proj[...], self.down_proj[...])
+        topology = Topology(config.n_routed_experts)
+        if not mesh.empty:
+            topology = topology._replace(scale_out=mesh.shape["scale_out"],
+                                         scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))
         run = functools.partial(
-            _routed_ffn, capacity_factor=execution.capacity_factor,
+            _routed_ffn, topology=topology, capacity_factor=execution.capacity_factor,
             reach=min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else config.n_routed_experts))
-        if mesh.empty or mesh.size == 1:
-            out_BTD, rounds = run(*arguments, topology=Topology(config.n_routed_experts))
-        else:
-            topology = Topology(config.n_routed_experts, mesh.shape["scale_out"],
-                                math.prod(mesh.shape[axis] for axis in FAST_AXES))
-            weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
-            # Expert weights enter replicated over `data`, and their gradient is summed over it here.
-            out_BTD, rounds = on_each_device(
-                functools.partial(run, topology=topology), in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
-                out_specs=(TOKENS, devices))(*arguments)
+        weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
+        # Expert weights enter replicated over `data`, and their gradient is summed over it here.
+        out_BTD, rounds = on_each_device(run, in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
+                                         out_specs=(TOKENS, devices))(*arguments)
         return out_BTD, jnp.max(rounds)
 
 

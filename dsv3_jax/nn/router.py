@@ -73,10 +73,7 @@ def _of_own_tokens(rank: Callable[[jax.Array], jax.Array], scores_E: jax.Array) 
 
     Left to itself, XLA gathers the scores of all tokens on every device to sort where B and T both are split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or scores_E.ndim != 3:
-        return rank(scores_E)
-    return on_each_device(rank, TOKENS, TOKENS)(scores_E)
+    return on_each_device(rank, TOKENS, TOKENS)(scores_E) if scores_E.ndim == 3 else rank(scores_E)
 
 
 def _within_best_groups(config: ModelConfig, scores_E: jax.Array) -> jax.Array:

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from dsv3_jax.codesign.counting import count_parameters, training_flops_per_token
 from dsv3_jax.codesign.hardware import peak_bf16_flops
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import RunConfig
 from dsv3_jax.inference.generate import Generator
-from dsv3_jax.mesh import batch_sharding, batch_shards, make_mesh
+from dsv3_jax.mesh import batch_sharding, check_batch, make_mesh
 from dsv3_jax.training import runtime
 from dsv3_jax.training.batches import Batches
 from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
@@ -55,7 +54,7 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.say: Say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(config.mesh)
-        _check_batch(config, self.mesh)
+        check_batch(config.batch, self.mesh)
         open_run_folder(run_dir, config)
         self.data: TokenData = prepare(config.data, config.model.vocab_size, config.seed, self.say)
         self._lookahead = 1 + config.model.num_nextn_predict_layers
@@ -273,15 +272,6 @@ class _StopOnSignal:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
-
-
-def _check_batch(config: RunConfig, mesh: Mesh) -> None:
-    shards = batch_shards(mesh)
-    if config.batch.micro_batch % shards:
-        raise ConfigError(
-            f"batch.sequences/batch.micro_batches ({config.batch.sequences}/{config.batch.micro_batches}="
-            f"{config.batch.micro_batch}) must be divisible by the mesh's data*scale_out*scale_up ({shards}): "
-            "change batch.sequences, batch.micro_batches or the mesh (with mesh.context, devices share a sequence)")
 
 
 def train(config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None) -> dict[str, Any]:

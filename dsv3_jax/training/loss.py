@@ -65,9 +65,6 @@ def negative_log_likelihood(head: OutputHead, hidden_BTD: jax.Array, targets_BT:
 
     def local(weights: nnx.State, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         return _nll_in_chunks(nnx.merge(graphdef, weights), hidden_BTD, targets_BT)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(weights, hidden_BTD, targets_BT)
     return on_each_device(local, (PartitionSpec(), TOKENS, TOKENS), TOKENS)(weights, hidden_BTD, targets_BT)
 
 

@@ -117,8 +117,8 @@ def _moving_average(ema: nnx.State | None, params: nnx.State, decay: float | Non
     return jax.tree.map(lambda average, now: decay * average + (1 - decay) * now, ema, params)
 
 
-def compile_train_step(config: RunConfig, mesh: Mesh, options: dict[str, Any] | None = None) -> Any:
-    """The compiled step for `mesh`; the state argument is donated. `options` are the XLA compiler's."""
+def compile_train_step(config: RunConfig, mesh: Mesh) -> Any:
+    """The compiled step for `mesh`; the state argument is donated."""
     batch, depth = config.batch, config.model.num_nextn_predict_layers
     tokens = jax.ShapeDtypeStruct((batch.micro_batches, batch.micro_batch, batch.sequence_length + 1 + depth),
                                   jnp.int32, sharding=batch_sharding(mesh, leading=1))
@@ -126,4 +126,4 @@ def compile_train_step(config: RunConfig, mesh: Mesh, options: dict[str, Any] | 
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
         return step.lower(abstract_state(config, mesh), tokens, jax.ShapeDtypeStruct((), jnp.int32),
-                          StepSettings(scalar, scalar, scalar)).compile(options)
+                          StepSettings(scalar, scalar, scalar)).compile()

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from dsv3_jax.codesign.pods import default_mesh, parse_pod
-from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, partition_spec
+from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, axes_of, mesh_shape, partition_spec
 from dsv3_jax.presets import LAYOUTS, RUNS
 from dsv3_jax.training.state import split_model
 
@@ -27,8 +27,7 @@ def lines() -> Iterator[str]:
     for name, run in RUNS.items():
         pod = parse_pod(LAYOUTS[name].pod if name in LAYOUTS else PODS.get(name, OTHERWISE))
         mesh_config = default_mesh(run.model, pod, run.mesh)
-        data = mesh_config.data or pod.devices // mesh_config.expert_parallel
-        sizes = (mesh_config.pipe, data, mesh_config.scale_out, mesh_config.scale_up, mesh_config.context)
+        sizes = mesh_shape(mesh_config, pod.devices)
         mesh = jax.sharding.AbstractMesh(sizes, AXES)
         yield f"{name} on {pod}: " + " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         params = jax.eval_shape(lambda run=run: split_model(run)[1])
@@ -39,8 +38,7 @@ def lines() -> Iterator[str]:
 
 
 def _axes(spec: jax.sharding.PartitionSpec) -> str:
-    parts = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
-    return " ".join("+".join(axes) or "-" for axes in parts)
+    return " ".join("+".join(axes_of(entry)) or "-" for entry in spec)
 
 
 if __name__ == "__main__":
