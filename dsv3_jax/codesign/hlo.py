@@ -128,26 +128,53 @@ def operand_bytes(computation: Computation, instruction: Instruction) -> int:
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
     """How often the `while` of `computation` runs; None if that is known only at run time.
 
-    From XLA's annotation, or from a condition `counter < constant` and the counter's first value, which is not 0 where
-    the compiler has peeled iterations off.
+    From XLA's annotation, or from a condition `counter < constant`, the counter's first value (not 0 where the compiler
+    has peeled iterations off) and what the body adds to it (not 1 where it has unrolled).
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known.group(1))
     condition = program.computations[loop.called("condition")[0]]
-    root = next(line for line in condition.values() if line.root)
-    if root.opcode != "compare" or "direction=LT" not in root.attributes:
+    test = _root(condition)
+    if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
-    counter, limit = (condition[name] for name in root.operands)
+    counter, limit = (condition[name] for name in test.operands)
     if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
         return None
-    index = int(re.search(r"index=(\d+)", counter.attributes).group(1))  # type: ignore[union-attr]
-    first = computation[loop.operands[0]]
-    if first.opcode == "tuple":
-        first = computation[first.operands[index]]
-    while first.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        first = computation[first.operands[0]]
-    return int(limit.arguments) - int(first.arguments) if first.opcode == "constant" else None
+    index = _tuple_index(counter)
+    first = _origin(computation, computation[loop.operands[0]], index)
+    step = _added_to(program.computations[loop.called("body")[0]], index)
+    if first.opcode != "constant" or not step:
+        return None
+    return math.ceil((int(limit.arguments) - int(first.arguments)) / step)
+
+
+def _added_to(body: Computation, index: int) -> int | None:
+    """What a loop's body adds to element `index` of its state; None if that is not plain."""
+    new = _origin(body, _root(body), index)
+    if new.opcode != "add":
+        return None
+    terms = [_origin(body, body[name]) for name in new.operands]
+    added = [int(term.arguments) for term in terms if term.opcode == "constant"]
+    kept = [term for term in terms if term.opcode == "get-tuple-element" and _tuple_index(term) == index]
+    return added[0] if len(added) == len(kept) == 1 else None
+
+
+def _origin(computation: Computation, line: Instruction, index: int = 0) -> Instruction:
+    """Where a value comes from, copies undone; of a tuple, the element `index`."""
+    if line.opcode == "tuple":
+        line = computation[line.operands[index]]
+    while line.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        line = computation[line.operands[0]]
+    return line
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(line for line in computation.values() if line.root)
+
+
+def _tuple_index(element: Instruction) -> int:
+    return int(re.search(r"index=(\d+)", element.attributes).group(1))  # type: ignore[union-attr]
 
 
 class Walk:

@@ -31,10 +31,10 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
       group_sizes_E: int32 [E]; a group may be empty. The sum is at most P.
       alignment: a number that divides P and every group size, if the caller padded them so.
       backend: None picks by the platform that the program is compiled for, which need not be the one it is traced on.
-        On TPU that is `ragged_dot`, a ragged kernel there; on Ironwood, where it is none, JAX's `megablox`. On CPU and
-        NVIDIA XLA multiplies every row with every group, so it is what works tile by tile: the Hopper kernels if they
-        serve the shape and card, else a loop; and if groups are not aligned, the reference on CPU and `ragged_dot` on
-        NVIDIA.
+        On TPU v5p that is `ragged_dot`, a ragged kernel there. Elsewhere XLA multiplies every row with every group, so
+        it is what works tile by tile: on other TPUs JAX's `megablox`, on NVIDIA the Hopper kernels, if they serve the
+        shape and card; else a loop over aligned tiles. Where none of these can, the reference on CPU and `ragged_dot`
+        on accelerators.
 
     Returns:
       [P, F] in rows' dtype, accumulated in float32; zero past the last group.
@@ -97,20 +97,21 @@ def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array)
         return run(backend, *operands)
     aligned: Backend | None = "tiled" if shape.alignment > 1 else None
     on_nvidia: Backend = "hopper" if shape.fits_hopper and _nvidia_is_hopper() else aligned or "ragged_dot"
+    on_tpu: Backend = ("ragged_dot" if _tpu_is_v5p() else
+                       "megablox" if _megablox_serves(shape) else aligned or "ragged_dot")
     if on_nvidia != "hopper":
         _tell_once(shape, on_nvidia)
     return jax.lax.platform_dependent(
         *operands,
         cpu=functools.partial(run, aligned or "reference"),
         cuda=functools.partial(run, on_nvidia),
-        default=functools.partial(run, "megablox" if _tpu_is_ironwood() and _megablox_serves(shape) else "ragged_dot"))
+        default=functools.partial(run, on_tpu))
 
 
-def _tpu_is_ironwood() -> bool:
-    """Whether to compile for Ironwood when compiling for TPU: so says the mesh, or else the TPU at hand."""
+def _tpu_is_v5p() -> bool:
+    """Whether to compile for v5p when compiling for TPU: so says the mesh, or else the TPU at hand."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return kind.startswith("TPU7")
+    return (device if device is not None else jax.devices()[0]).device_kind == "TPU v5"
 
 
 def _megablox_serves(shape: _Shape) -> bool:

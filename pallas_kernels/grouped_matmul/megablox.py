@@ -1,7 +1,7 @@
 """JAX's own Pallas kernels for TPU, for chips where XLA multiplies every row with every group.
 
-XLA:TPU has a ragged kernel for v5 and v6. For Ironwood (libtpu 0.0.52) it lowers `ragged_dot` to products of E times
-the work: 11.5 instead of 2.9 TFLOP for [49152, 7168] x [4, 7168, 4096], as compiled.
+XLA:TPU (libtpu 0.0.52) has a ragged kernel for v5p only. For v4, v5e, v6e and Ironwood it lowers `ragged_dot` to
+products of E times the work: 11.5 instead of 2.9 TFLOP for [49152, 7168] x [4, 7168, 4096], as compiled.
 """
 
 from __future__ import annotations

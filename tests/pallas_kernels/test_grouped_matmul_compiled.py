@@ -1,4 +1,5 @@
-"""The grouped product as compilers see it: one backend for each platform, and machine code for an H100 without one."""
+"""The grouped product as compilers see it: one backend for each platform, and machine code for cards and chips that
+are not here."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from dsv3_jax.codesign.hlo import Walk, matrix_flops, parse
+from dsv3_jax.codesign.pods import parse_pod, pod_mesh
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.mesh import on_each_device
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,17 +58,39 @@ def lowered_step(platform: str, alignment: int, dtype, device=None) -> str:
 
 
 def backends(text: str) -> set[str]:
-    operations = {"mosaic_gpu": "@mosaic_gpu", "dot_general": "stablehlo.dot_general", "ragged_dot": "chlo.ragged_dot"}
+    operations = {"mosaic_gpu": "@mosaic_gpu", "megablox": "@tpu_custom_call", "dot_general": "stablehlo.dot_general",
+                  "ragged_dot": "chlo.ragged_dot"}
     return {name for name, operation in operations.items() if operation in text}
 
 
 @pytest.mark.parametrize(("platform", "alignment", "dtype", "expected"), [
     ("cuda", 128, jnp.bfloat16, "mosaic_gpu"), ("cuda", 8, jnp.bfloat16, "dot_general"),
     ("cuda", 128, jnp.float32, "dot_general"), ("cuda", 1, jnp.bfloat16, "ragged_dot"),
-    ("tpu", 128, jnp.bfloat16, "ragged_dot"), ("tpu", 1, jnp.float32, "ragged_dot"),
+    ("tpu", 128, jnp.bfloat16, "megablox"), ("tpu", 1, jnp.float32, "megablox"),
+    ("tpu", 8, jnp.float16, "dot_general"), ("tpu", 1, jnp.float16, "ragged_dot"),
     ("cpu", 128, jnp.bfloat16, "dot_general"), ("cpu", 1, jnp.float32, "dot_general")])
 def test_a_platform_gets_its_backend_and_no_other(platform, alignment, dtype, expected):
     assert backends(lowered_step(platform, alignment, dtype)) == {expected}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
+@pytest.mark.parametrize("pod", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compiles_for_tpus(pod):
+    """Three ragged kernels for the product and its gradients, and no product of every row with every group."""
+    mesh, (width, inner) = pod_mesh(parse_pod(pod), MeshConfig()), SHAPES["down"]
+    operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+                for shape, dtype in (((ROWS, width), jnp.bfloat16), ((EXPERTS, width, inner), jnp.bfloat16),
+                                     ((EXPERTS,), jnp.int32), ((ROWS, inner), jnp.bfloat16))]
+
+    def both(rows, weights, sizes, cotangent):
+        out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, alignment=128), rows, weights)
+        return out, pull(cotangent)
+    with jax.set_mesh(mesh):
+        everywhere = on_each_device(both, PartitionSpec(), PartitionSpec())
+        text = jax.jit(everywhere).lower(*operands).compile().as_text()
+    products = [(line.opcode, times * matrix_flops(computation, line))
+                for computation, line, times in Walk(parse(text), {}).instructions()]
+    assert [product for product in products if product[1]] == 3 * [("custom-call", 2.0 * ROWS * width * inner)]
 
 
 def test_says_once_why_the_slow_way(caplog):

@@ -90,6 +90,21 @@ def test_executions_and_flops():
     assert walk.unknown == []
 
 
+@pytest.mark.parametrize(("change", "executions"), [
+    (("%one = s32[] constant(1)", "%one = s32[] constant(2)"), 3),  # unrolled by two: 1, 3, 5
+    (("%next = s32[] add(%i, %one)", "%next = s32[] add(%one, %i)"), 5)])
+def test_loop_that_counts_otherwise(change, executions):
+    walk = Walk(parse(PROGRAM.replace(*change)), {"micro_batches": 1})
+    assert [times for _, line, times in walk.instructions() if line.name == "dot.1"] == [executions]
+    assert walk.unknown == []
+
+
+def test_counter_that_is_not_counted_up_is_told():
+    walk = Walk(parse(PROGRAM.replace("add(%i, %one)", "multiply(%i, %one)")), {"micro_batches": 1})
+    assert [times for _, line, times in walk.instructions() if line.name == "dot.1"] == [1]
+    assert len(walk.unknown) == 1
+
+
 def test_loop_of_unknown_length_is_told():
     walk = Walk(parse(PROGRAM), {})
     assert sum(times for _, line, times in walk.instructions() if line.name == "dot.1") == 5
