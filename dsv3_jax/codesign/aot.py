@@ -23,7 +23,16 @@ from jax.sharding import Mesh
 
 from dsv3_jax.codesign.collectives import Collective, collectives
 from dsv3_jax.codesign.counting import training_flops_per_token
-from dsv3_jax.codesign.hlo import Walk, arrays, grouped_shape, is_grouped_product, matrix_flops, parse, shape_bytes
+from dsv3_jax.codesign.hlo import (
+    Instruction,
+    Walk,
+    arrays,
+    grouped_shape,
+    is_grouped_product,
+    matrix_flops,
+    parse,
+    shape_bytes,
+)
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import COMPUTE, STORAGE, check_batch, shardings
@@ -219,6 +228,8 @@ class _Flops(NamedTuple):
     """Scores and values, forward and backward, without recomputation."""
     running_sums: float
     """Cumulative sums that XLA:TPU computes as matrix products, without recomputation."""
+    compiler_recomputation: float
+    """What XLA computes twice of its own accord, in programs that are far from fitting."""
     padding: float
     """Left out of the others: rows of the grouped products beyond an even load."""
 
@@ -234,6 +245,7 @@ class _Flops(NamedTuple):
         causes = {"model": model, "recomputation": self.by_pass["recomputation"] / tokens,
                   # The analytic count has the lower triangle; the program computes the square and masks it.
                   "masked_attention": self.attention_core / 2 / tokens, "running_sums": self.running_sums / tokens,
+                  "compiler_recomputation": self.compiler_recomputation / tokens,
                   # Devices that share a sequence each make all its keys and values from the latents.
                   "context_up_projection": (config.mesh.context - 1) * up_projection}
         return {**causes, "other": self.total / tokens - sum(causes.values())}
@@ -242,7 +254,8 @@ class _Flops(NamedTuple):
 def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
     """Counts the program's products; `tokens` is those of one device in one micro-batch."""
     by_pass, by_format = dict.fromkeys(PASSES, 0.0), {"bf16": 0.0, "fp8": 0.0}
-    core = sums = padding = 0.0
+    core = sums = again = padding = 0.0
+    seen: set[str] = set()
     even = tokens * config.model.num_experts_per_tok
     for computation, line, times in walk.instructions():
         flops = times * matrix_flops(computation, line)
@@ -257,10 +270,21 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
         by_pass[which] += flops
         fp8 = all(dtype.startswith("f8") for dtype, dims in operands if len(dims) > 1)
         by_format["fp8" if fp8 else "bf16"] += flops
-        if which != "recomputation":
+        if which == "recomputation":
+            continue
+        if _scheduled_as(line) in seen:
+            again += flops
+        else:
+            seen.add(_scheduled_as(line))
             core += flops if "attention_core" in line.op_name else 0.0
             sums += flops if re.search("reduce.window|cumsum", line.op_name) else 0.0
-    return _Flops(by_pass, by_format, core, sums, padding)
+    return _Flops(by_pass, by_format, core, sums, again, padding)
+
+
+def _scheduled_as(line: Instruction) -> str:
+    """The instruction's name when XLA:GPU put it in order; copies that rematerialisation made later share it."""
+    found = re.search(r'scheduling_name="([^"]*)"', line.attributes)
+    return found.group(1) if found else line.name
 
 
 def _pass_of(op_name: str) -> str:

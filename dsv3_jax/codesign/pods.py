@@ -169,8 +169,10 @@ def _prepare_environment() -> None:
             "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_WORKER_ID": "0",  # no cloud to ask about this host
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no lock on chips
-            "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}.items():
+            "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # 1 is what importing jax sets
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def _gpu_target(kind: Hardware) -> str:

@@ -7,10 +7,11 @@ written down from the equations of dispatch and of weight gathering.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
-from dsv3_jax.codesign.aot import PodReport, compile_for_pod
+from dsv3_jax.codesign.aot import PodReport, checked_mesh, compile_for_pod, report
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.pods import parse_pod
 from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
@@ -98,6 +99,25 @@ def test_sixteen_gpus_on_two_hosts():
     # XLA:GPU's scheduler hides some of it behind products.
     assert 0 < report.overlapped_share < 1
     assert any(total.hidden_seconds > 0 for total in report.collectives)
+
+
+def test_copies_made_by_the_compiler_are_named():
+    """XLA:GPU's rematerialization leaves copies that were scheduled as their original; here one 8x8 product of two."""
+    product = ('dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}, '
+               'metadata={op_name="jit(step)/jvp()/dot_general" scheduling_name="dot.1"}')
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {{
+  %a = f32[8,8]{{1,0}} parameter(0)
+  %dot.1 = f32[8,8]{{1,0}} {product}
+  ROOT %dot.2 = f32[8,8]{{1,0}} {product}
+}}
+"""
+    pod, memory = parse_pod("h100:2x8"), SimpleNamespace(
+        peak_memory_in_bytes=0, argument_size_in_bytes=0, temp_size_in_bytes=0, output_size_in_bytes=0,
+        alias_size_in_bytes=0)
+    causes = report(memory, text, 0.0, RUN, pod, checked_mesh(RUN, pod), "").flops_per_token_by_cause
+    assert causes["compiler_recomputation"] == 2 * 8 ** 3 / TOKENS
 
 
 @pytest.mark.parametrize(("change", "message"), [
