@@ -95,7 +95,9 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     masked_group_score: Literal["-inf", "0"] = "-inf"
-    """Score given to experts outside the chosen groups: -inf as in DeepSeek's own code, 0 as in Hugging Face's."""
+    """Score given to experts outside the chosen groups: -inf as in DeepSeek's code of today and in transformers 5.23;
+    0 as in transformers up to 4.57 and in V2's code. With 0, a token whose biased scores are negative may leave its
+    groups."""
     aux_loss_alpha: float = 1e-4
     """Weight of the sequence-wise balance loss (paper 2, equation 17)."""
     num_nextn_predict_layers: int = 1
@@ -106,6 +108,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6
+    """Epsilon of the norms of the compressed query and of the latent. No config.json names it: DeepSeek's code and
+    transformers have 1e-6 here whatever rms_norm_eps is, vLLM and SGLang have rms_norm_eps (transformers #44261)."""
     initializer_range: float = 0.006
 
     @property

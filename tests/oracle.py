@@ -85,14 +85,15 @@ def mla(config: ModelConfig, w: Weights, prefix: str, x_TD: np.ndarray) -> np.nd
     tokens, nope, v_dim = len(x_TD), config.qk_nope_head_dim, config.v_head_dim
     positions_T = np.arange(tokens)
     compressed = x_TD @ w[f"{prefix}.kv_a_proj_with_mqa.weight"]
-    latent_TC = rms_norm(compressed[:, :config.kv_lora_rank], w[f"{prefix}.kv_a_layernorm.weight"], config.rms_norm_eps)
+    latent_TC = rms_norm(compressed[:, :config.kv_lora_rank], w[f"{prefix}.kv_a_layernorm.weight"],
+                         config.latent_norm_eps)
     shared_key_TR = apply_rope(config, compressed[:, config.kv_lora_rank:], positions_T)
     keys_values = (latent_TC @ w[f"{prefix}.kv_b_proj.weight"]).reshape(tokens, -1, nope + v_dim)
     if config.q_lora_rank is None:
         query = x_TD @ w[f"{prefix}.q_proj.weight"]
     else:
         latent = rms_norm(x_TD @ w[f"{prefix}.q_a_proj.weight"], w[f"{prefix}.q_a_layernorm.weight"],
-                          config.rms_norm_eps)
+                          config.latent_norm_eps)
         query = latent @ w[f"{prefix}.q_b_proj.weight"]
     query = query.reshape(tokens, config.num_attention_heads, -1)
     heads = []

@@ -74,7 +74,7 @@ def test_attention_of_one_token_is_its_value():
     w, prefix = oracle.random_weights(TINY, 0), "layers.0.self_attn"
     x = np.random.default_rng(2).standard_normal((1, TINY.hidden_size))
     latent = (x @ w[f"{prefix}.kv_a_proj_with_mqa.weight"])[0, :TINY.kv_lora_rank]
-    latent = latent / np.sqrt((latent**2).mean() + TINY.rms_norm_eps) * w[f"{prefix}.kv_a_layernorm.weight"]
+    latent = latent / np.sqrt((latent**2).mean() + TINY.latent_norm_eps) * w[f"{prefix}.kv_a_layernorm.weight"]
     flat = latent @ w[f"{prefix}.kv_b_proj.weight"]
     values = np.concatenate([flat[6:11], flat[17:22]])
     np.testing.assert_allclose(oracle.mla(TINY, w, prefix, x)[0], values @ w[f"{prefix}.o_proj.weight"], atol=TIGHT)
@@ -82,7 +82,7 @@ def test_attention_of_one_token_is_its_value():
 
 def test_attention_of_two_tokens_by_hand():
     config = variant(num_attention_heads=1, q_lora_rank=None, kv_lora_rank=1, qk_nope_head_dim=2, qk_rope_head_dim=2,
-                     v_head_dim=1, hidden_size=2, rope_scaling=None, rms_norm_eps=1e-30)
+                     v_head_dim=1, hidden_size=2, rope_scaling=None, rms_norm_eps=1e-30, latent_norm_eps=1e-30)
     w = {"a.q_proj.weight": np.array([[0.0, 0, 2, 0], [1, 0, 0, 0]]),
          "a.kv_a_proj_with_mqa.weight": np.array([[1.0, 1, 0], [-1, 0, 1]]),
          "a.kv_a_layernorm.weight": np.array([1.0]), "a.kv_b_proj.weight": np.array([[3.0, 0, 5]]),

@@ -32,11 +32,11 @@ class MultiHeadLatentAttention(nnx.Module):
             self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim, ("embed", "heads"), std, rngs)
         else:
             self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, ("embed", "latent"), std, rngs)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, "latent", c.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, "latent", c.latent_norm_eps)
             self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim, ("latent", "heads"), std, rngs)
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim,
                                          ("embed", "latent"), std, rngs)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, "latent", c.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, "latent", c.latent_norm_eps)
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim),
                                 ("latent", "heads"), std, rngs)
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, ("heads", "embed"), std, rngs)
