@@ -3,6 +3,7 @@
   python experiments/train.py --preset quickstart
   python experiments/train.py --preset tiny --mesh.scale-out 2 --mesh.scale-up 4 --mesh.simulate-devices 8
   python experiments/train.py --preset quickstart --data.path my_texts/ --steps 2000 --run-dir runs/mine
+  python experiments/train.py --preset moonlight_16b --init-from Moonlight-16B-A3B/ --data.tokenizer tokenizer.json
 
 Any setting of the preset can be overridden by its dotted name. A run folder that has a checkpoint is resumed. It gets
 config.json, metrics.jsonl (one object a step), expert_load.jsonl, tokenizer.json and checkpoints/. Ctrl-C finishes the
@@ -36,6 +37,9 @@ class Arguments:
     """Folder of the run; default runs/PRESET."""
     resume_from: int | None = None
     """Step of the checkpoint to resume from, when not the latest; later checkpoints are deleted."""
+    init_from: Path | None = None
+    """Folder of weights that a new run begins with: a published model, or an Orbax folder made from one by
+    convert_checkpoint.py. Its config.json must describe the model that --preset and --model.* do."""
     json: bool = False
     """Print a JSON summary to standard output, everything else to standard error."""
 
@@ -53,7 +57,7 @@ def main() -> None:
     with standard_output_for_json(arguments.json) as write_json:
         runtime.start(arguments.config)
         run_dir = arguments.run_dir or Path("runs") / arguments.preset
-        summary = train(arguments.config, run_dir, say_line, arguments.resume_from)
+        summary = train(arguments.config, run_dir, say_line, arguments.resume_from, arguments.init_from)
         if jax.process_index() == 0:
             write_json(summary)
 

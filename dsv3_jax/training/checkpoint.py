@@ -17,6 +17,9 @@ from dsv3_jax.training.state import TrainState, abstract_state
 
 FORMAT = "dsv3_jax training state 1"
 
+CHUNK_BYTES = 64 << 20
+"""Largest piece of an array that a reader has to take as a whole."""
+
 # Settings that may change between the parts of one run: where and how it runs, not what it computes.
 _FREE = ("mesh.", "report.", "checkpoint.", "distributed.", "steps", "recompute", "data.cache_dir")
 
@@ -41,6 +44,13 @@ def named_leaves(state: TrainState) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
+    """How the files divide an array: a large stack by layers and experts, so that a converter can read one matrix."""
+    if leaf.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(leaf.ndim - 2)))
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -60,8 +70,9 @@ class Checkpoints:
     def save(self, state: TrainState, config: RunConfig, position: Position) -> None:
         """Starts writing; the state may be donated as soon as this returns."""
         about = {"format": FORMAT, "config": dataclasses.asdict(config), "position": dataclasses.asdict(position)}
+        leaves = named_leaves(state)
         self._manager.save(position.step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(named_leaves(state)), about=ocp.args.JsonSave(about)))
+            state=ocp.args.StandardSave(leaves, save_args=jax.tree.map(_chunks, leaves)), about=ocp.args.JsonSave(about)))
 
     def restore(self, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, Position]:
         """The state of `step` (default: the latest), laid out for `mesh`.

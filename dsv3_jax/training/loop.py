@@ -21,6 +21,8 @@ from dsv3_jax.codesign.counting import count_parameters, training_flops_per_toke
 from dsv3_jax.codesign.hardware import peak_bf16_flops
 from dsv3_jax.config import RunConfig
 from dsv3_jax.inference.generate import Generator
+from dsv3_jax.interop.load import load
+from dsv3_jax.interop.start import open_weights, tokenizer_warning
 from dsv3_jax.mesh import batch_sharding, check_batch, make_mesh
 from dsv3_jax.training import runtime
 from dsv3_jax.training.batches import Batches
@@ -28,7 +30,7 @@ from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
 from dsv3_jax.training.evaluate import Evaluator
 from dsv3_jax.training.metrics import RunLog, Say, check_finite, duration, step_line, step_record
 from dsv3_jax.training.schedule import Position, StepSettings, walk
-from dsv3_jax.training.state import TrainState, init_state
+from dsv3_jax.training.state import TrainState, init_state, init_state_from
 from dsv3_jax.training.step import StepMetrics, compile_train_step
 from dsv3_jax.training.tokens import TokenData, prepare
 
@@ -50,11 +52,13 @@ class _Pending:
 class Trainer:
     """One run in one folder; `run()` does all of it."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None):
+    def __init__(self, config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None,
+                 init_from: Path | None = None):
         self.config, self.run_dir = config, run_dir
         self.say: Say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(config.mesh)
         check_batch(config.batch, self.mesh)
+        self._weights = None if init_from is None else open_weights(init_from, config.model)
         open_run_folder(run_dir, config)
         self.data: TokenData = prepare(config.data, config.model.vocab_size, config.seed, self.say)
         self._lookahead = 1 + config.model.num_nextn_predict_layers
@@ -102,13 +106,26 @@ class Trainer:
 
     def _start_state(self) -> tuple[TrainState, Position]:
         if self.resume_from is None and not self.checkpoints.steps():
-            return init_state(self.config, self.mesh), Position()
+            return self._first_state(), Position()
+        if self._weights is not None:
+            self.say(f"--init-from {self._weights.where} has no effect: the run is past its beginning")
         state, position = self.checkpoints.restore(self.config, self.mesh, self.resume_from)
         dropped = self.checkpoints.drop_after(position.step)
         self.say(f"resuming from step {position.step} ({self.run_dir / 'checkpoints' / str(position.step)})"
                  + (f"; dropped later checkpoints {dropped}" if dropped else ""))
         self._last_good = position.step
         return state, position
+
+    def _first_state(self) -> TrainState:
+        if self._weights is None:
+            return init_state(self.config, self.mesh)
+        self.say(f"weights from {self._weights.where} ...")
+        for line in tokenizer_warning(self._weights, self.data.tokenizer):
+            self.say(line)
+        began = time.perf_counter()
+        params, router_bias = load(self._weights, self.mesh, say=self.say)
+        self.say(f"weights from {self._weights.where} ... read in {time.perf_counter() - began:.1f} s")
+        return init_state_from(self.config, self.mesh, params, router_bias)
 
     def _steps(self, step: Any, state: TrainState, start: Position, log: RunLog,
                stop: _StopOnSignal) -> tuple[TrainState, Position]:
@@ -274,10 +291,14 @@ class _StopOnSignal:
         return self._asked
 
 
-def train(config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None) -> dict[str, Any]:
-    """Runs (or resumes) training in `run_dir` and returns its summary. Call `runtime.start` first."""
+def train(config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None,
+          init_from: Path | None = None) -> dict[str, Any]:
+    """Runs (or resumes) training in `run_dir` and returns its summary. Call `runtime.start` first.
+
+    `init_from`: folder of weights that a new run begins with; see `dsv3_jax.interop.start.open_weights`.
+    """
     began = time.perf_counter()
-    summary = Trainer(config, run_dir, say, resume_from).run()
+    summary = Trainer(config, run_dir, say, resume_from, init_from).run()
     summary["seconds"] = time.perf_counter() - began
     bits = summary.get("validation_bits_per_byte")
     if jax.process_index() == 0:

@@ -56,7 +56,11 @@ def model_structure(config: RunConfig) -> nnx.GraphDef:
 
 def new_state(config: RunConfig) -> TrainState:
     """A fresh state, unplaced. The same seed gives the same weights on every mesh."""
-    _, params, router_bias = split_model(config)
+    return _state_of(config, *split_model(config)[1:])
+
+
+def _state_of(config: RunConfig, params: nnx.State, router_bias: nnx.State) -> TrainState:
+    """The state before the first step, with these weights."""
     # A copy in the making: the average must not share buffers with the weights, which are donated.
     ema = jax.tree.map(lambda x: x + 0, params) if config.optimizer.ema_decay is not None else None
     return TrainState(jnp.zeros((), jnp.int32), params, router_bias, make_optimizer(config.optimizer).init(params),
@@ -76,6 +80,13 @@ def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh state on the mesh, each device making only its part."""
     return jax.jit(lambda: new_state(config), out_shardings=state_shardings(config, mesh))()
+
+
+def init_state_from(config: RunConfig, mesh: Mesh, params: nnx.State, router_bias: nnx.State) -> TrainState:
+    """A fresh state with these weights, float32 and already on the mesh; their buffers are donated."""
+    start = jax.jit(lambda params, router_bias: _state_of(config, params, router_bias),
+                    out_shardings=state_shardings(config, mesh), donate_argnums=(0, 1))
+    return start(params, router_bias)
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:

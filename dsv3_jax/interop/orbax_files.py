@@ -1,0 +1,101 @@
+"""Arrays in Orbax's files, opened with TensorStore: any slice, without the rest of the array.
+
+Orbax keeps each array as zarr under its name, all of them in one OCDBT database or, if asked, in plain folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.interop.store import Bounds, Stored
+
+# No cache, so that memory is the slice and the chunks it touches. Written files are brought to disk once, at the end.
+_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
+
+
+def database(folder: Path) -> dict[str, Any]:
+    """The spec of the key-value store in `folder`."""
+    url = f"file://{folder.absolute()}/"
+    return {"driver": "ocdbt", "base": url} if (folder / "manifest.ocdbt").exists() else {"driver": "file", "path":
+                                                                                          str(folder.absolute()) + "/"}
+
+
+def context() -> tensorstore.Context:
+    """The resources that all arrays of a folder share."""
+    return tensorstore.Context(_CONTEXT)
+
+
+class OrbaxArrays:
+    """The arrays below one Orbax item, by name."""
+
+    def __init__(self, folder: Path):
+        """Lists the arrays, and checks that no chunk is missing: TensorStore would read zeros in its place.
+
+        Raises:
+          ConfigError: the folder is not an Orbax checkpoint, or a chunk is missing; names array and folder.
+        """
+        self.folder = folder
+        self._context = context()
+        self._database = database(folder)
+        self._open: dict[str, tensorstore.TensorStore] = {}
+        self._drivers: dict[str, str] = {}
+        self.arrays: dict[str, Stored] = {}
+        try:
+            keys = tensorstore.KvStore.open(self._database, context=self._context).result()
+            self._list(keys)
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(f"{folder} cannot be read as an Orbax checkpoint: {_short(error)}; write or fetch it again"
+                              ) from error
+
+    def _list(self, keys: tensorstore.KvStore) -> None:
+        chunks: dict[str, int] = {}
+        headers: dict[str, str] = {}
+        for key in keys.list().result():
+            name, _, last = key.decode().partition("/.zarray")
+            if key.endswith((b"/.zarray", b"/zarr.json")):
+                headers[key.decode().rpartition("/")[0]] = key.decode()
+            else:
+                chunk_of = key.decode().partition("/c/")[0] if "/c/" in key.decode() else key.decode().rpartition("/")[0]
+                chunks[chunk_of] = chunks.get(chunk_of, 0) + 1
+        for name, key in headers.items():
+            about = json.loads(keys[key])
+            second = about["zarr_format"] == 2
+            self._drivers[name] = "zarr" if second else "zarr3"
+            shape = tuple(about["shape"])
+            pieces = about["chunks"] if second else about["chunk_grid"]["configuration"]["chunk_shape"]
+            dtype = np.dtype(about["dtype"] if second else about["data_type"])
+            self.arrays[name] = Stored(shape, dtype, self.folder)
+            needed = math.prod(-(-size // piece) for size, piece in zip(shape, pieces, strict=True))
+            if chunks.get(name, 0) < needed:
+                raise ConfigError(f"{self.folder}: {needed - chunks.get(name, 0)} of {needed} chunks of tensor {name} "
+                                  "are missing: write or fetch the checkpoint again")
+
+    def read(self, name: str, bounds: Bounds) -> np.ndarray:
+        """The slice, in the stored dtype.
+
+        Raises:
+          ConfigError: a file is truncated or damaged; names array, folder and file.
+        """
+        try:
+            if name not in self._open:
+                spec = {"driver": self._drivers[name], "kvstore": {**self._database, "path": self._prefix(name)}}
+                self._open[name] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
+            part = self._open[name][tuple(slice(*span) for span in bounds)] if bounds else self._open[name]
+            return np.asarray(part.read().result())
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.folder}: tensor {name} cannot be read: {_short(error)}; write or fetch the "
+                              "checkpoint again") from error
+
+    def _prefix(self, name: str) -> str:
+        return self._database.get("path", "") + name + "/"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,33 @@
+"""Published tensors out of our own parameter tree: training checkpoints and live parameters."""
+
+from __future__ import annotations
+
+import abc
+
+import numpy as np
+
+from dsv3_jax.interop.names import TensorSpec, published_tensors
+from dsv3_jax.interop.store import Bounds, Store, Stored
+
+
+class TreeStore(Store):
+    """A store that holds our stacked, transposed and fused float32 arrays, and offers them as published."""
+
+    def _offer(self) -> None:
+        """Fills `tensors` from `config` and `where`."""
+        self._specs = {spec.name: spec for spec in published_tensors(self.config, "float32")}
+        self.tensors = {name: Stored(spec.shape, spec.dtype, self.where) for name, spec in self._specs.items()}
+
+    @abc.abstractmethod
+    def _leaf(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
+        """A slice of the array at `spec.place`, with all its dimensions."""
+
+    def _read(self, name: str, bounds: Bounds) -> np.ndarray:
+        spec = self._specs[name]
+        inner = bounds[::-1] if spec.place.transposed else bounds
+        if spec.place.half is not None:
+            offset = spec.place.half * spec.shape[0]
+            inner = (*inner[:-1], (inner[-1][0] + offset, inner[-1][1] + offset))
+        values = self._leaf(spec, (*((i, i + 1) for i in spec.place.index), *inner))
+        values = values.reshape(values.shape[len(spec.place.index):])
+        return values.T if spec.place.transposed else values
