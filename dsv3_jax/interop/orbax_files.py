@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,14 @@ class OrbaxArrays:
             part = self._open[name][tuple(slice(*span) for span in bounds)] if bounds else self._open[name]
             return np.asarray(part.read().result())
         except (ValueError, OSError) as error:
-            raise ConfigError(f"{self.folder}: tensor {name} cannot be read: {_short(error)}; write or fetch the "
-                              "checkpoint again") from error
+            raise ConfigError(f"{self.folder}: tensor {name} cannot be read{self._cut_file(error)}: {_short(error)}; "
+                              "write or fetch the checkpoint again") from error
+
+    def _cut_file(self, error: Exception) -> str:
+        """Which file ended early, if one did. OCDBT tells its size and not its name."""
+        size = re.search(r"not valid for value of size (\d+)", str(error))
+        files = [path for path in self.folder.rglob("d/*") if size and path.stat().st_size == int(size[1])]
+        return f", {' or '.join(map(str, files))} is truncated" if files else ""
 
     def _prefix(self, name: str) -> str:
         return self._database.get("path", "") + name + "/"
