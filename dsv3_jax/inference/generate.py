@@ -1,11 +1,13 @@
-"""Text generation by running the model over the whole window for each new token.
+"""Text generation: prompts of different lengths in one batch, token ids streamed as they are made.
 
-Exact and simple, and quick enough for samples while training; it keeps no cache.
+A generator compiles one program to read prompts and one to make tokens, for each batch size and each rounded length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,60 +15,288 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, RunConfig
-from dsv3_jax.mesh import batch_sharding, batch_shards
-from dsv3_jax.training.state import model_structure
-from dsv3_jax.training.step import weights_for_compute
+from dsv3_jax.config import ConfigError, Execution, ModelConfig
+from dsv3_jax.inference.cache import CacheFormat, LatentCache
+from dsv3_jax.inference.forward import decode, prefill, prefill_ahead, unstacked
+from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
+from dsv3_jax.inference.speculative import Window, speculative_step, window_of, window_size, with_token
+from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
+from dsv3_jax.nn.block import gathered
+from dsv3_jax.nn.model import DeepSeekV3
+from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.precision.recipe import Precision, compute_weights
+
+SMALLEST_SIZE = 32
+"""Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""
+
+
+class DecodeState(NamedTuple):
+    """What lies on the devices between steps; donated to the next."""
+
+    cache: LatentCache
+    last_B: jax.Array
+    """int32: the last token of each row, not in the cache yet."""
+    seen_BV: jax.Array
+    """bool: tokens that each row has, prompt included."""
+    window: Window | None
+    """For the prediction modules; None in plain decoding."""
+
+
+class Weights(NamedTuple):
+    """A model ready to generate; see `Generator.prepare`."""
+
+    structure: nnx.GraphDef
+    state: nnx.State
 
 
 class Generator:
-    """Continues a prompt token by token, with one compiled program for every length."""
+    """Makes text with one model on one mesh.
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
-        self._config, self._mesh = config, mesh
-        self._window = config.batch.sequence_length
-        self._rows = batch_shards(mesh)
-        structure = model_structure(config)
+    Args:
+      model: the architecture.
+      mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up: a decoding step has no sequence to
+        share.
+      precision: of weights and activations.
+      cache: format of the latent cache; None: that of `precision`.
+      speculative: whether to draft with the multi-token-prediction modules.
+      spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
 
-        def next_token(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, length: jax.Array,
-                       key: jax.Array, temperature: jax.Array) -> jax.Array:
-            model = nnx.merge(structure, weights_for_compute(params, config), router_bias)
-            hidden = model(tokens, mtp=False, execution=config.execution).hidden_BTD[:, length - 1]
-            logits_V = model.logits(hidden)[0]
-            drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-            return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
-        self._next_token = jax.jit(next_token, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    Raises:
+      ConfigError: `speculative` for a model without prediction modules.
+    """
 
-    def __call__(self, params: nnx.State, router_bias: nnx.State, prompt: np.ndarray, new_tokens: int, *, seed: int,
-                 temperature: float = 0.8, stop: int | None = None) -> Iterator[int]:
-        """Yields up to `new_tokens` ids after the prompt; 0 temperature takes the likeliest.
+    def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
+                 cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False):
+        if speculative and not model.num_nextn_predict_layers:
+            raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
+                              "none: decode without it")
+        self.model, self.mesh = model, _without_context(mesh)
+        self.speculative = speculative
+        self._precision, self._cache, self._spread = precision, cache or precision, spread
+        # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
+        self._execution = Execution(capacity_factor=float(self.mesh.size))
+        self._structure: list[nnx.GraphDef] = []
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self._prepare = jax.jit(self._prepared)
+        self._first = jax.jit(self._read_prompts, static_argnames=("structure", "capacity"),
+                              out_shardings=(None, everywhere))
+        self._next = jax.jit(self._advance, static_argnames="structure", donate_argnames="state",
+                             out_shardings=(None, everywhere, everywhere))
 
-        The model sees the last `batch.sequence_length` tokens. Ends early after yielding `stop`. Every process of a
-        run must call it alike.
+    def prepare(self, params: nnx.State, router_bias: nnx.State) -> Weights:
+        """Weights as decoding uses them, once for many generations: in compute precision, gathered, and on CPU layer
+        by layer (see `forward.unstacked`). `params` is not changed."""
+        if dict(self.mesh.shape)["scale_up"] > 1 and not self._spread:
+            params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
+        with jax.set_mesh(self.mesh):
+            state = self._prepare(params, router_bias)
+        return Weights(self._structure[-1], state)
+
+    def generate(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int,
+                 sampling: Sampling | Sequence[Sampling] = Sampling(), stop_ids: Sequence[int] = ()) -> Generation:
+        """Starts a batch of rows; iterate over the result for their tokens. Every process of a run must do so alike.
+
+        Args:
+          prompts: int ids of each row, at least one each.
+          new_tokens: most new tokens of each row.
+          sampling: for all rows, or one a row.
+          stop_ids: tokens that end a row; the one that did is the row's last.
 
         Raises:
-          ConfigError: an empty prompt, or ids outside the vocabulary.
+          ConfigError: no rows, an empty prompt, ids outside the vocabulary, or more tokens than the model's window.
         """
-        vocab = self._config.model.vocab_size
-        if len(prompt) == 0:
-            raise ConfigError("the prompt has no tokens: give at least one")
-        if prompt.min() < 0 or prompt.max() >= vocab:
-            raise ConfigError(f"the prompt has token {prompt.max()} outside model.vocab_size ({vocab}): use the "
-                              "tokenizer the model was trained with")
-        ids = [int(token) for token in prompt]
-        key = jax.random.key(seed)
-        for index in range(new_tokens):
-            token = int(self._step(params, router_bias, ids, jax.random.fold_in(key, index), temperature))
-            ids.append(token)
-            yield token
-            if token == stop:
-                return
+        rows = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if len(rows) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts need as many samplings, or one for all; got {len(rows)}")
+        self._check(prompts, new_tokens)
+        return Generation(self, weights, [np.asarray(prompt, np.int32) for prompt in prompts], new_tokens, rows,
+                          frozenset(stop_ids))
 
-    def _step(self, params: nnx.State, router_bias: nnx.State, ids: list[int], key: jax.Array,
-              temperature: float) -> jax.Array:
-        seen = ids[-self._window:]
-        row = np.zeros((self._rows, self._window), np.int32)
-        row[:, :len(seen)] = seen
-        with jax.set_mesh(self._mesh):
-            tokens = jax.make_array_from_callback(row.shape, batch_sharding(self._mesh), lambda index: row[index])
-            return self._next_token(params, router_bias, tokens, np.int32(len(seen)), key, np.float32(temperature))
+    @property
+    def window(self) -> int:
+        """Most tokens of a row, prompt and answer together."""
+        return self.model.max_position_embeddings
+
+    def compilations(self) -> tuple[int, int]:
+        """Programs compiled so far to read prompts and to make tokens."""
+        return self._first._cache_size(), self._next._cache_size()
+
+    def _check(self, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
+        if not prompts or new_tokens < 1:
+            raise ConfigError(f"nothing to generate: {len(prompts)} prompts, {new_tokens} new tokens; give at least one "
+                              "of each")
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ConfigError(f"prompt {row} has no tokens: give at least one, such as the tokenizer's begin token")
+            low, high = int(np.min(prompt)), int(np.max(prompt))
+            if low < 0 or high >= self.model.vocab_size:
+                raise ConfigError(f"prompt {row} has token {high if low >= 0 else low} outside model.vocab_size "
+                                  f"({self.model.vocab_size}): use the tokenizer the model was trained with")
+            if len(prompt) + new_tokens > self.window:
+                raise ConfigError(
+                    f"prompt {row} has {len(prompt)} tokens and {new_tokens} new ones are asked for, but the model's "
+                    f"window (model.max_position_embeddings) is {self.window}: shorten the prompt to "
+                    f"{max(0, self.window - new_tokens)} tokens, or ask for at most "
+                    f"{max(0, self.window - len(prompt))} new ones")
+
+    def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
+        weights = compute_weights(params, self._precision)
+        model = nnx.merge(_structure(self.model), weights if self._spread else gather_for_compute(weights), router_bias)
+        if not self._spread and self.mesh.devices.flat[0].platform == "cpu":
+            model = unstacked(model)
+        structure, state = nnx.split(model)
+        self._structure.append(structure)
+        return state
+
+    def _read_prompts(self, state: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array, rows: RowSampling, *,
+                      structure: nnx.GraphDef, capacity: int) -> tuple[DecodeState, jax.Array]:
+        """The state after the prompts, and int32 [B], the first new token of each row."""
+        model = nnx.merge(structure, state)
+        cache = LatentCache.empty(self.model, tokens_BT.shape[0], capacity, self._cache, mtp=self.speculative)
+        out = prefill(model, tokens_BT, lengths_B, cache)
+        last = (lengths_B - 1)[:, None]
+        logits_BV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
+        column_T = jnp.arange(tokens_BT.shape[1])
+        # Padding repeats the row's first token, which it has anyway.
+        ids_BT = jnp.where(column_T < lengths_B[:, None], tokens_BT, tokens_BT[:, :1])
+        row_B = jnp.arange(tokens_BT.shape[0])[:, None]
+        seen_BV = jnp.zeros(logits_BV.shape, bool).at[row_B, ids_BT].set(True)
+        token_B = draw(probabilities(logits_BV, seen_BV, rows), rows.seed, lengths_B, TARGET)
+        cache, window = out.cache, None
+        if self.speculative:
+            cache = prefill_ahead(model, out.mtp_input_BQD, tokens_BT, cache)
+            following_BT = jnp.where(column_T == last, token_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
+            window = window_of(out.mtp_input_BQD, following_BT, window_size(self.model), lengths_B)
+        return DecodeState(cache, token_B, with_token(seen_BV, token_B), window), token_B
+
+    def _advance(self, weights: nnx.State, state: DecodeState, active_B: jax.Array, rows: RowSampling, *,
+                 structure: nnx.GraphDef) -> tuple[DecodeState, jax.Array, jax.Array]:
+        """The state one step on, int32 [B, Q] new tokens and int32 [B], how many of them each row got."""
+        model = nnx.merge(structure, weights)
+        cache, last_B, seen_BV, window = state
+        if window is not None:
+            verified, window, seen_BV, cache = speculative_step(model, window, seen_BV, cache, active_B, rows,
+                                                                self._execution)
+            return (DecodeState(cache, window.tokens_BW[:, -1], seen_BV, window), verified.tokens_BQ,
+                    jnp.where(active_B, verified.accepted_B + 1, 0))
+        out = decode(model, last_B[:, None], cache, active_B, self._execution)
+        logits_BV = gathered(model.lm_head)(out.hidden_BQD[:, 0])
+        token_B = draw(probabilities(logits_BV, seen_BV, rows), rows.seed, out.cache.lengths_B, TARGET)
+        token_B = jnp.where(active_B, token_B, last_B)
+        return (DecodeState(out.cache, token_B, with_token(seen_BV, token_B), None), token_B[:, None],
+                active_B.astype(jnp.int32))
+
+    def _start(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int,
+               rows: RowSampling) -> tuple[DecodeState, np.ndarray]:
+        longest = max(len(prompt) for prompt in prompts)
+        tokens = np.zeros((len(prompts), rounded(longest, self.window)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, :len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        with jax.set_mesh(self.mesh):
+            state, first = self._first(weights.state, self._place(tokens), self._place(lengths), rows,
+                                       structure=weights.structure, capacity=rounded(longest + new_tokens, self.window))
+        return state, np.asarray(first)
+
+    def _step(self, weights: Weights, state: DecodeState, active: np.ndarray,
+              rows: RowSampling) -> tuple[DecodeState, np.ndarray, np.ndarray]:
+        with jax.set_mesh(self.mesh):
+            state, tokens, counts = self._next(weights.state, state, self._place(active), rows,
+                                               structure=weights.structure)
+        return state, np.asarray(tokens), np.asarray(counts)
+
+    def _place(self, x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
+
+
+class Generation:
+    """A batch being generated. Iterating gives, a step at a time, the new ids of each row; rows that ended get none.
+
+    Attributes:
+      tokens: new ids of each row so far.
+      steps: passes of the main model since the prompts were read.
+      drafted, accepted: drafts that were verified and drafts that were kept, over all rows.
+    """
+
+    def __init__(self, generator: Generator, weights: Weights, prompts: list[np.ndarray], new_tokens: int,
+                 sampling: list[Sampling], stop_ids: frozenset[int]):
+        self._generator, self._weights, self._prompts = generator, weights, prompts
+        self._new_tokens, self._sampling, self._stop_ids = new_tokens, sampling, stop_ids
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.steps = self.drafted = self.accepted = 0
+        self._row_steps = self._decoded = 0
+        self._active = np.ones(len(prompts), bool)
+
+    def finish(self, row: int) -> None:
+        """Ends a row from outside, such as at a stop sequence of text."""
+        self._active[row] = False
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafts kept; None in plain decoding."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """New tokens of a row from one pass of the main model, the one that read the prompt not counted."""
+        return self._decoded / self._row_steps if self._row_steps else None
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        shards = batch_shards(self._generator.mesh)
+        spare = -len(self._prompts) % shards
+        # Rows that only fill up the mesh; they never become active.
+        rows = sampling_rows(self._sampling + [Sampling(temperature=0)] * spare)
+        state, first = self._generator._start(self._weights, self._prompts + [np.zeros(1, np.int32)] * spare,
+                                              self._new_tokens, rows)
+        yield [self._keep(row, [int(first[row])]) for row in range(len(self._prompts))]
+        while self._active.any():
+            active = np.pad(self._active, (0, spare))
+            state, tokens, counts = self._generator._step(self._weights, state, active, rows)
+            self.steps += 1
+            new = []
+            for row in range(len(self._prompts)):
+                if self._active[row]:
+                    self._row_steps += 1
+                    self.drafted += tokens.shape[1] - 1
+                    self.accepted += int(counts[row]) - 1
+                new.append(self._keep(row, tokens[row, :counts[row]].tolist()))
+                self._decoded += len(new[-1])
+            yield new
+
+    def run(self) -> list[list[int]]:
+        """Generates to the end and returns `tokens`."""
+        for _ in self:
+            pass
+        return self.tokens
+
+    def _keep(self, row: int, ids: list[int]) -> list[int]:
+        """Those of `ids` that the row still takes."""
+        ids = ids[:self._new_tokens - len(self.tokens[row])]
+        stop = next((index for index, token in enumerate(ids) if token in self._stop_ids), None)
+        if stop is not None:
+            ids = ids[:stop + 1]
+        self.tokens[row] += ids
+        if stop is not None or len(self.tokens[row]) >= self._new_tokens:
+            self._active[row] = False
+        return ids
+
+
+def rounded(tokens: int, window: int) -> int:
+    """The smallest size that holds `tokens`: a power of two times SMALLEST_SIZE, or the window itself."""
+    size = SMALLEST_SIZE
+    while size < tokens:
+        size *= 2
+    return min(size, window)
+
+
+@functools.cache
+def _structure(model: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DeepSeekV3(model, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+
+
+def _without_context(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, context counted as part of scale_up."""
+    shape: dict[str, Any] = dict(mesh.shape)
+    shape["scale_up"] *= shape["context"]
+    shape["context"] = 1
+    return Mesh(mesh.devices.reshape([shape[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)

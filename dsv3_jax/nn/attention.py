@@ -66,14 +66,14 @@ class MultiHeadLatentAttention(nnx.Module):
         chex.assert_axis_dimension(hidden_BTD, 2, c.hidden_size)
         q_nope, q_rope = self.query(hidden_BTD, positions_T)
         latent_BTC, k_rope = self.latent(hidden_BTD, positions_T)
-        attend = _attend_over_context if context_size() > 1 else _attend
+        attend = _attend_over_context if context_size() > 1 else project_and_attend
         out = attend(c, self.kv_b_proj, q_nope, q_rope, latent_BTC, k_rope)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out")
         return self.o_proj(out)
 
 
-def _attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array, latent_BTC: jax.Array,
-            k_rope: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+def project_and_attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
+                       latent_BTC: jax.Array, k_rope: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     """`causal_attention` of queries [B, Q, ...] on keys and values projected up from the latent [B, T, C]."""
     kv = kv_b_proj(latent_BTC)
     kv = kv.reshape(*kv.shape[:-1], config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
@@ -83,7 +83,7 @@ def _attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: j
 
 def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
                          latent_BTC: jax.Array, k_rope: jax.Array) -> jax.Array:
-    """`_attend` where devices share a sequence: each attends from its own stretch of it, to all of it.
+    """`project_and_attend` where devices share a sequence: each attends from its own stretch of it, to all of it.
 
     What travels is the latent, kv_lora_rank + qk_rope_head_dim values a token (576 in V3), and in the backward its
     gradient; keys and values would be 32,768 a token, and as much again for their gradient. In return each device
@@ -96,7 +96,7 @@ def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Arr
         latent_BTC, k_rope = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (latent_BQC, k_rope))
         start = jax.lax.axis_index("context") * q_nope.shape[1]
         own = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], copy))
-        return _attend(config, own, q_nope, q_rope, latent_BTC, k_rope, start)
+        return project_and_attend(config, own, q_nope, q_rope, latent_BTC, k_rope, start)
     return on_each_device(local, (PartitionSpec(SPREAD), TOKENS, TOKENS, TOKENS, TOKENS), TOKENS)(
         copy_for_each_device(weights), q_nope, q_rope, latent_BTC, k_rope)
 

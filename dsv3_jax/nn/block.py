@@ -56,7 +56,10 @@ class Block(nnx.Module):
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """[B, T, D] -> ([B, T, D], routing statistics or None for a dense layer)."""
         hidden_BTD += self.self_attn(self.input_layernorm(hidden_BTD), positions_T)
-        hidden_BTD = jax.ad_checkpoint.checkpoint_name(constrain_batch(hidden_BTD), "residual")
+        return self.feed_forward(jax.ad_checkpoint.checkpoint_name(constrain_batch(hidden_BTD), "residual"), execution)
+
+    def feed_forward(self, hidden_BTD: jax.Array, execution: Execution) -> tuple[jax.Array, RouterStats | None]:
+        """The second half: x + ffn(norm(x)), and routing statistics or None for a dense layer."""
         normed = self.post_attention_layernorm(hidden_BTD)
         out, stats = (self.mlp(normed, execution) if isinstance(self.mlp, MixtureOfExperts)
                       else (self.mlp(normed), None))

@@ -31,5 +31,8 @@ class MTPModule(nnx.Module):
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """Previous depth's h and the embeddings k tokens ahead -> (h^k before `norm`, routing statistics)."""
-        joined = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], axis=-1))
-        return self.block(joined, positions_T, execution)
+        return self.block(self.join(hidden_BTD, ahead_BTD), positions_T, execution)
+
+    def join(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> jax.Array:
+        """M [norm(Emb); norm(h)], what the module's layer reads: [B, T, D]."""
+        return self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], axis=-1))

@@ -21,6 +21,7 @@ from dsv3_jax.codesign.counting import count_parameters, training_flops_per_toke
 from dsv3_jax.codesign.hardware import peak_bf16_flops
 from dsv3_jax.config import RunConfig
 from dsv3_jax.inference.generate import Generator
+from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.interop.load import load
 from dsv3_jax.interop.start import open_weights, tokenizer_warning
 from dsv3_jax.mesh import batch_sharding, check_batch, make_mesh
@@ -89,7 +90,8 @@ class Trainer:
         step = compile_train_step(self.config, self.mesh)
         self.evaluator = (Evaluator(self.config, self.mesh, self.data.validation)
                           if len(self.data.validation.tokens) else None)
-        self.generator = Generator(self.config, self.mesh)
+        self.generator = Generator(self.config.model, self.mesh, precision=self.config.precision,
+                                   spread=self.config.mesh.zero == "full")
         runtime.wait_for_processes("step is compiled")
         compile_seconds = time.perf_counter() - compiling
         self.say(f"compiling ... done in {compile_seconds:.1f} s")
@@ -228,10 +230,13 @@ class Trainer:
         tokenizer, report = self.data.tokenizer, self.config.report
         if tokenizer is None:
             return
-        prompt = np.concatenate([[tokenizer.bos], tokenizer.encode(report.sample_prompt)]).astype(np.int32)
-        seed = int(np.asarray(state.rng.addressable_data(0))[-1]) + position.step
-        ids = list(self.generator(state.params, state.router_bias, prompt, report.sample_tokens, seed=seed,
-                                  stop=tokenizer.eos))
+        # A run must not end because its sample is long: it gets half the window, and the prompt's end what is left.
+        tokens = max(1, min(report.sample_tokens, self.generator.window // 2))
+        prompt = [tokenizer.bos, *tokenizer.encode(report.sample_prompt)][tokens - self.generator.window:]
+        seed = (int(np.asarray(state.rng.addressable_data(0))[-1]) + position.step) % 2 ** 32
+        weights = self.generator.prepare(state.params, state.router_bias)
+        [ids] = self.generator.generate(weights, [np.array(prompt)], tokens, Sampling(temperature=0.8, seed=seed),
+                                        [tokenizer.eos]).run()
         self.say(f"sample step {position.step} {json.dumps(report.sample_prompt + tokenizer.decode(ids))}")
 
     def _finish(self, state: TrainState, position: Position, log: RunLog) -> None:
