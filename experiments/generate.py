@@ -1,95 +1,107 @@
 """Continue prompts with a trained run.
 
   python experiments/generate.py runs/quickstart --prompt "The state of the Union"
+  python experiments/generate.py runs/quickstart --prompt "We must" --prompt "I ask" --top-p 0.9 --speculative
   echo "My fellow citizens" | python experiments/generate.py runs/quickstart --prompt -
 
-Streams the text as it is made. The same seed gives the same text.
+Streams the text as it is made; several prompts run as one batch and are printed one after the other. The same seed
+gives the same text (with --speculative another one, of the same distribution).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
-from dsv3_jax.config import ConfigError, MeshConfig, run_from_dict
-from dsv3_jax.inference.generate import Generator
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.generate import Generation
+from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.tokenizer import Tokenizer
-from dsv3_jax.mesh import make_mesh
-from dsv3_jax.training import runtime
-from dsv3_jax.training.checkpoint import Checkpoints
-from experiments.command_line import finish, print_json
+from experiments.command_line import finish, standard_output_for_json
+from experiments.inference_options import FolderOptions, SamplingOptions, load_generator
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to continue, and how."""
 
-    run_dir: tyro.conf.Positional[Path]
-    """A run folder of experiments/train.py."""
-    prompt: str = "The American people"
-    """Text to continue; - reads it from standard input."""
+    folder: tyro.conf.OmitArgPrefixes[FolderOptions]
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions]
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue, given once for each; - reads one from standard input. Default: "The American people"."""
+    prompts: Path | None = None
+    """A file with a prompt a line."""
     tokens: int = 128
-    """Most new tokens."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time."""
-    seed: int = 0
-    step: int | None = None
-    """Checkpoint to use; default the latest."""
-    ema: bool = False
-    """Use the moving average of the weights instead of the last ones."""
+    """Most new tokens of each."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text at which an answer ends, given once for each; it is not shown."""
     json: bool = False
-    """Print one JSON object with prompt, text and speed, instead of streaming."""
+    """Print one JSON object (prompt, text, speed; with several prompts a list of them under "answers")."""
 
 
 def main() -> None:
     """Entry point."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    path = arguments.run_dir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"run folder {arguments.run_dir} has no config.json: give a folder made by "
-                          "experiments/train.py")
-    config = dataclasses.replace(run_from_dict(json.loads(path.read_text())), mesh=MeshConfig(data=1))
-    runtime.start(config)
-    if not (arguments.run_dir / "tokenizer.json").exists():
-        raise ConfigError(f"run folder {arguments.run_dir} has no tokenizer.json: it was trained on bare token ids, "
-                          "which can't be shown as text")
-    tokenizer = Tokenizer.load(arguments.run_dir / "tokenizer.json")
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state, position = Checkpoints(arguments.run_dir / "checkpoints", keep=10 ** 6).restore(
-        config, mesh, arguments.step)
-    if arguments.ema and state.ema is None:
-        raise ConfigError("--ema: this run keeps no moving average; train with --optimizer.ema-decay")
-    prompt = sys.stdin.read().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
-    ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
-    made: list[int] = []
-    shown = ""
+    texts = _prompts(arguments)
+    with standard_output_for_json(arguments.json) as write_json:
+        loaded, generator, weights = load_generator(arguments.folder)
+        ids = [np.array([loaded.tokenizer.bos, *loaded.tokenizer.encode(text)], np.int32) for text in texts]
+        generation = generator.generate(weights, ids, arguments.tokens,
+                                        [arguments.sampling.sampling(row) for row in range(len(texts))],
+                                        [loaded.tokenizer.eos])
+        began = time.perf_counter()
+        rows = run(generation, loaded.tokenizer, arguments.stop, None if arguments.json else texts)
+        seconds = time.perf_counter() - began
+    answers = [{"prompt": text, "text": row.text, "tokens": len(made), "stop": row.stopped}
+               for text, row, made in zip(texts, rows, generation.tokens, strict=True)]
+    about = {"seconds": seconds, "source": loaded.source, "acceptance": generation.acceptance,
+             "tokens_per_step": generation.tokens_per_step}
+    write_json({**answers[0], **about} if len(answers) == 1 else {"answers": answers, **about})
     if not arguments.json:
-        print(prompt, end="", flush=True)
-    began = time.perf_counter()
-    params = state.ema if arguments.ema and state.ema is not None else state.params
-    for token in Generator(config, mesh)(params, state.router_bias, ids, arguments.tokens, seed=arguments.seed,
-                                         temperature=arguments.temperature, stop=tokenizer.eos):
-        if token == tokenizer.eos:
-            break
-        made.append(token)
-        text = tokenizer.decode(made)
-        if not arguments.json and not text.endswith("�"):  # an unfinished character waits for its other bytes
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    seconds = time.perf_counter() - began
-    if arguments.json:
-        print_json({"prompt": prompt, "text": tokenizer.decode(made), "tokens": len(made), "seconds": seconds,
-                    "step": position.step})
-    else:
-        print()
-        print(f"{len(made)} tokens in {seconds:.1f} s, checkpoint of step {position.step}", file=sys.stderr)
+        made = sum(map(len, generation.tokens))
+        speculation = "" if generation.acceptance is None else f", {100 * generation.acceptance:.0f}% of drafts accepted"
+        print(f"{made} tokens in {seconds:.1f} s{speculation}, {loaded.source}", file=sys.stderr)
+
+
+def run(generation: Generation, tokenizer: Tokenizer, stop: tuple[str, ...],
+        shown: list[str] | None) -> list[TextStream]:
+    """Generates to the end; with `shown`, streams the first row's text and prints the others, each after its prompt."""
+    rows = [TextStream(tokenizer, stop) for _ in generation.tokens]
+
+    def say(text: str) -> None:
+        if shown is not None:
+            print(text, end="", flush=True)
+    say(shown[0] if shown else "")
+    for new in generation:
+        for row, ids in enumerate(new):
+            # The end token ends the row and has no text.
+            text = rows[row].push(token for token in ids if token != tokenizer.eos)
+            if row == 0:
+                say(text)
+            if rows[row].stopped is not None:
+                generation.finish(row)
+    rest = [row.finish() for row in rows]
+    say(rest[0] + "\n")
+    for row in range(1, len(rows)):
+        say(f"\n{shown[row] if shown else ''}{rows[row].text}\n")
+    return rows
+
+
+def _prompts(arguments: Arguments) -> list[str]:
+    texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments.prompt]
+    if arguments.prompts is not None:
+        if not arguments.prompts.is_file():
+            raise ConfigError(f"--prompts ({arguments.prompts}) is not a file; give one with a prompt a line")
+        texts += [line for line in arguments.prompts.read_text().splitlines() if line]
+        if not texts:
+            raise ConfigError(f"--prompts ({arguments.prompts}) has no lines")
+    return texts or ["The American people"]
 
 
 if __name__ == "__main__":

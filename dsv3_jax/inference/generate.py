@@ -70,7 +70,7 @@ class Generator:
         if speculative and not model.num_nextn_predict_layers:
             raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
                               "none: decode without it")
-        self.model, self.mesh = model, _without_context(mesh)
+        self.model, self.mesh, self._moved = model, _without_context(mesh), mesh.shape["context"] > 1
         self.speculative = speculative
         self._precision, self._cache, self._spread = precision, cache or precision, spread
         # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
@@ -86,7 +86,7 @@ class Generator:
     def prepare(self, params: nnx.State, router_bias: nnx.State) -> Weights:
         """Weights as decoding uses them, once for many generations: in compute precision, gathered, and on CPU layer
         by layer (see `forward.unstacked`). `params` is not changed."""
-        if dict(self.mesh.shape)["scale_up"] > 1 and not self._spread:
+        if self._moved:
             params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
         with jax.set_mesh(self.mesh):
             state = self._prepare(params, router_bias)

@@ -81,6 +81,18 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def encode_with_special_tokens(self, text: str) -> np.ndarray:
+        """`encode`, except that special tokens spelt in the text become those tokens: for rendered chat templates."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    def special_tokens(self) -> list[str]:
+        """The names of all special tokens."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of `ids`. Special tokens show by name; bytes that are not UTF-8 show as U+FFFD; ids from
         `vocab_size` on, which a model with a larger vocabulary may produce, have no text."""
