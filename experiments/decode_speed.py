@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import statistics
@@ -91,9 +90,8 @@ def bytes_per_step(config: ModelConfig, precision: Precision, batch: int, length
 def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
     """All measurements, as plain values; times are medians."""
     bandwidth = read_bandwidth()
-    model = nnx.jit(lambda: DeepSeekV3(config, nnx.Rngs(0)))()
     generator = Generator(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), precision=arguments.precision)
-    weights = generator.prepare(*nnx.split(model, nnx.Param, RouterBias)[1:])
+    weights = generator.prepare(*_random_weights(config))
     result: dict[str, Any] = {"read_gb_per_second": bandwidth / 1e9, "batches": {}}
     for batch in arguments.batches:
         step = _decode_seconds(generator, weights, arguments, batch)
@@ -107,6 +105,18 @@ def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
                 name: size / 1e6 for name, size in needed.items()},
             "parts_ms": {name: 1e3 * seconds for name, seconds in _parts(weights, arguments, batch).items()}}
     return result
+
+
+def _random_weights(config: ModelConfig) -> list[nnx.State]:
+    """Parameters and router biases drawn by NumPy: to compile the model's own initialisation takes minutes at times."""
+    shapes, rng = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), np.random.default_rng(0)
+
+    def drawn(variable: nnx.Variable) -> nnx.Variable:
+        shape, is_gain = variable.get_value().shape, len(variable.get_metadata("axes")) == 1
+        noise = config.initializer_range * rng.standard_normal(shape, np.float32)
+        return variable.replace(jnp.asarray(noise + is_gain))
+    return [jax.tree.map(drawn, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+            for state in nnx.split(shapes, nnx.Param, RouterBias)[1:]]
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -173,8 +183,8 @@ def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, floa
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         total = hidden.mean()
         for index, layer in enumerate(_merged(weights, state)):
-            out = absorbed_attention(layer.self_attn, q_nope + total, q_rope, cache.storage.read(index, dtype), positions,
-                                     cache.lengths_B)
+            out = absorbed_attention(layer.self_attn, q_nope + total, q_rope, cache.storage.read(index, dtype),
+                                     positions, cache.lengths_B)
             total += out.mean()
         return total
 
@@ -226,16 +236,19 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = [f"# Decoding {about['model']} ({about['parameters'] / 1e6:.0f} M parameters, {about['precision']})", "",
              f"`{about['command']}`", "",
              f"{about['device']}; jax {about['jax']}, Python {about['python']}, {about['date']}; load average "
-             f"{about['load_average_at_start']:.1f} before it started. Memory reads {result['read_gb_per_second']:.1f} GB/s.",
-             "", "| batch | cached decode, tokens/s | forward pass per token, tokens/s | ms a step | floor, ms | of floor |",
+             f"{about['load_average_at_start']:.1f} before it started. Memory reads "
+             f"{result['read_gb_per_second']:.1f} GB/s.", "",
+             "| batch | cached decode, tokens/s | forward pass a token, tokens/s | ms a step | floor, ms | of floor |",
              "|---|---|---|---|---|---|"]
     for batch, m in result["batches"].items():
         lines.append(f"| {batch} | {m['decode_tokens_per_second']:.1f} | {m['forward_tokens_per_second']:.1f} | "
                      f"{m['decode_ms']:.2f} | {m['floor_ms']:.2f} | {100 * m['share_of_floor']:.0f}% |")
     lines += ["", "The floor reads each byte that a step needs once: " + "; ".join(
-        f"batch {batch}: " + ", ".join(f"{name.replace('_', ' ')} {size:.1f} MB" for name, size in m["mb_per_step"].items())
+        f"batch {batch}: " + ", ".join(f"{name.replace('_', ' ')} {size:.1f} MB"
+                                       for name, size in m["mb_per_step"].items())
         for batch, m in result["batches"].items()) + ".", "", "Milliseconds of a step by part, each compiled on its own:",
-        "", "| batch | " + " | ".join(name.replace("_", " ") for name in parts) + " |", "|---" * (1 + len(parts)) + "|"]
+        "", "| batch | " + " | ".join(name.replace("_", " ") for name in parts) + " |",
+        "|---" * (1 + len(parts)) + "|"]
     for batch, m in result["batches"].items():
         lines.append(f"| {batch} | " + " | ".join(f"{ms:.2f}" for ms in m["parts_ms"].values()) + " |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,6 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -65,8 +64,8 @@ def main() -> None:
     write_json({**answers[0], **about} if len(answers) == 1 else {"answers": answers, **about})
     if not arguments.json:
         made = sum(map(len, generation.tokens))
-        speculation = "" if generation.acceptance is None else f", {100 * generation.acceptance:.0f}% of drafts accepted"
-        print(f"{made} tokens in {seconds:.1f} s{speculation}, {loaded.source}", file=sys.stderr)
+        kept = "" if generation.acceptance is None else f", {100 * generation.acceptance:.0f}% of drafts accepted"
+        print(f"{made} tokens in {seconds:.1f} s{kept}, {loaded.source}", file=sys.stderr)
 
 
 def run(generation: Generation, tokenizer: Tokenizer, stop: tuple[str, ...],

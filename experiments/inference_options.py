@@ -84,8 +84,8 @@ def load_for_inference(folder: Path, step: int | None = None, ema: bool = False)
     config = dataclasses.replace(run_from_dict(json.loads(path.read_text())), mesh=MeshConfig(data=1))
     runtime.start(config)
     if not (folder / "tokenizer.json").exists():
-        raise ConfigError(f"run folder {folder} has no tokenizer.json: it was trained on bare token ids, which can't be "
-                          "shown as text")
+        raise ConfigError(f"run folder {folder} has no tokenizer.json: it was trained on bare token ids, which can't "
+                          "be shown as text")
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state, position = Checkpoints(folder / "checkpoints", keep=10 ** 6).restore(config, mesh, step)
     if ema and state.ema is None:

@@ -104,7 +104,7 @@ def cached_layers(config: ModelConfig, mtp: bool = True) -> int:
 
 
 def bytes_per_token(config: ModelConfig, kind: CacheFormat = "bf16", mtp: bool = True) -> int:
-    """Bytes that one token takes in all layers: 70,272 for V3 in bf16 without its prediction module (paper 1, table 1)."""
+    """Bytes of one token in all layers: 70,272 for V3 in bf16 without its prediction module (paper 1, table 1)."""
     return cached_layers(config, mtp) * entry_width(config) * jnp.dtype(_DTYPES[kind]).itemsize
 
 

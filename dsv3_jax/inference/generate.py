@@ -123,8 +123,7 @@ class Generator:
 
     def _check(self, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
         if not prompts or new_tokens < 1:
-            raise ConfigError(f"nothing to generate: {len(prompts)} prompts, {new_tokens} new tokens; give at least one "
-                              "of each")
+            raise ConfigError(f"nothing to generate: {len(prompts)} prompts, {new_tokens} new tokens; give one or more")
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ConfigError(f"prompt {row} has no tokens: give at least one, such as the tokenizer's begin token")
@@ -141,7 +140,8 @@ class Generator:
 
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         weights = compute_weights(params, self._precision)
-        model = nnx.merge(_structure(self.model), weights if self._spread else gather_for_compute(weights), router_bias)
+        weights = weights if self._spread else gather_for_compute(weights)
+        model = nnx.merge(_structure(self.model), weights, router_bias)
         if not self._spread and self.mesh.devices.flat[0].platform == "cpu":
             model = unstacked(model)
         structure, state = nnx.split(model)

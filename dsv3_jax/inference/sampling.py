@@ -90,7 +90,8 @@ def probabilities(logits_BV: jax.Array, seen_BV: jax.Array, rows: RowSampling) -
     greedy = column(rows.temperature) == 0
     best_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=jnp.float32)
     # Shifted first: a small temperature must not overflow.
-    shifted_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / jnp.where(greedy, 1, column(rows.temperature))
+    shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    shifted_BV /= jnp.where(greedy, 1, column(rows.temperature))
     # Sorting the vocabulary is what filters cost, so it is done only where some row asks for it.
     wanted = jnp.any((rows.top_k > 0) | (rows.top_p < 1))
     kept_BV = jax.lax.cond(wanted, _within_top, lambda x, k, p: jnp.ones(x.shape, bool),

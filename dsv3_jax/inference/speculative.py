@@ -1,13 +1,14 @@
 """Speculative decoding by the model's own multi-token-prediction modules (paper 2, section 2.2; paper 1, 2.3.3).
 
-One step: each module drafts one token more, one pass of the main model over all drafts verifies them, and the row keeps
-the drafts up to the first rejected one and one token that the main model gives. Acceptance is speculative sampling
-(arXiv 2211.17192, 2302.01318): what comes out has exactly the distribution of sampling token by token, filters included,
-and at temperature 0 it is the same tokens.
+One step: each module drafts one token more, one pass of the main model over all drafts verifies them, and the row
+keeps the drafts up to the first rejected one and one token that the main model gives. Acceptance is speculative
+sampling (arXiv 2211.17192, 2302.01318): what comes out has exactly the distribution of sampling token by token, filters
+included, and at temperature 0 it is the same tokens.
 
 Names: K drafts = prediction modules, Q = K + 1 tokens verified, n tokens in the cache before the step; t_n, the last
-token known, is not in it yet. Module k's cache at position i depends on token t_{i+k}, which at the end of the row was a
-draft that may have been rejected. So a step runs the modules over the last 2K positions, where everything that rested
+token known, is not in it yet. Module k's cache at position i depends on token t_{i+k}, which at the end of the row was
+a draft that may have been rejected. A step adds at most K + 1 tokens, so an entry is at most k + K <= 2K positions from
+the end when its token is first known: each step runs the modules over the last 2K positions, and everything that rested
 on a draft is written anew.
 """
 
@@ -63,7 +64,8 @@ def window_of(hidden_BTD: jax.Array, tokens_BT: jax.Array, size: int, ends_B: ja
     """The last `size` columns of each row before column ends_B, of arrays that belong together."""
     columns_BW = ends_B[:, None] - size + jnp.arange(size)
     at_BW = jnp.maximum(columns_BW, 0)
-    return Window(jnp.take_along_axis(hidden_BTD, at_BW[..., None], axis=1), jnp.take_along_axis(tokens_BT, at_BW, axis=1))
+    return Window(jnp.take_along_axis(hidden_BTD, at_BW[..., None], axis=1),
+                  jnp.take_along_axis(tokens_BT, at_BW, axis=1))
 
 
 def draft(model: DeepSeekV3, window: Window, seen_BV: jax.Array, cache: LatentCache, rows: RowSampling,

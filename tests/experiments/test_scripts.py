@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,12 +26,13 @@ def _environment() -> dict[str, str]:
 
 def _start(script: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)], text=True,
-                            env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+                            env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            cwd=ROOT)
 
 
-def _run(script: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+def _run(script: str, *arguments: object, status: int = 0, stdin: str = "") -> tuple[str, str]:
     process = _start(script, *arguments)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(stdin, timeout=400)
     assert process.returncode == status, err[-3000:] + out[-3000:]
     return out, err
 
@@ -72,6 +74,38 @@ def test_generate_streams_text_that_repeats_with_its_seed(finished):
     assert texts[0].startswith("12 times")
     made = json.loads(_run("generate.py", run_dir, "--prompt", "12 times", "--tokens", 12, "--seed", 3, "--json")[0])
     assert "12 times" + made["text"] == texts[0].rstrip("\n")
+
+
+def test_generate_takes_several_prompts_and_drafts(finished, tmp_path):
+    """Greedy text is the same with drafts as without, one prompt or several, and ends before a stop sequence."""
+    run_dir, _ = finished
+    (tmp_path / "prompts.txt").write_text("3 times\n\n11 times 2\n")
+    common = [run_dir, "--tokens", 10, "--temperature", 0, "--json"]
+    plain, _ = _run("generate.py", *common, "--prompt", "12 times", "--prompts", tmp_path / "prompts.txt")
+    drafted, _ = _run("generate.py", *common, "--prompt", "12 times", "--prompts", tmp_path / "prompts.txt",
+                      "--speculative")
+    alone, _ = _run("generate.py", *common, "--prompt", "-", "--stop", " ", stdin="11 times 2\n")
+    plain, drafted, alone = map(json.loads, (plain, drafted, alone))
+    assert [answer["prompt"] for answer in plain["answers"]] == ["12 times", "3 times", "11 times 2"]
+    assert drafted["answers"] == plain["answers"]
+    assert plain["acceptance"] is None
+    assert 0 <= drafted["acceptance"] <= 1 <= drafted["tokens_per_step"] <= 2
+    assert alone["text"] == plain["answers"][2]["text"].split(" ")[0]
+
+
+def test_chat_answers_what_is_piped_in(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    _, err = _run("chat.py", run_dir, status=2, stdin="hello\n")
+    assert "has no chat template" in err
+    assert "Traceback" not in err
+    (run_dir / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}")
+    options = [run_dir, "--tokens", 8, "--temperature", 0]
+    one = json.loads(_run("chat.py", *options, "--json", stdin="12 times\n")[0])
+    out, err = _run("chat.py", *options, stdin="12 times\n\n12 times\nand <|end_of_text|>\nand\n")
+    answers = out.split("\n")
+    assert answers[:2] == [one["answer"]] * 2  # the empty line began a new conversation
+    assert "spells the special token" in err
+    assert len(answers) >= 4
 
 
 def test_plot_is_a_picture(finished):

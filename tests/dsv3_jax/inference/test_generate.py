@@ -112,8 +112,9 @@ def test_one_program_for_each_rounded_size():
 
 def test_what_does_not_fit_is_told_with_the_remedy():
     generator, weights = _generator()
-    cases = [([np.arange(100)], 29, r"100 tokens and 29 new.*\(model.max_position_embeddings\) is 128.* 99 tokens.* 28 "),
-             ([np.array([], np.int32)], 5, "prompt 0 has no tokens"), ([], 5, "0 prompts"), (PROMPTS, 0, "0 new tokens"),
+    cases = [([np.arange(100)], 29, r"100 tokens and 29 .*\(model.max_position_embeddings\) is 128.* 99 tokens.* 28 "),
+             ([np.array([], np.int32)], 5, "prompt 0 has no tokens"), ([], 5, "0 prompts"),
+             (PROMPTS, 0, "0 new tokens"),
              ([np.array([1]), np.array([2, 320])], 5, "prompt 1 has token 320 outside model.vocab_size"),
              ([np.array([-1])], 5, "token -1 outside")]
     for prompts, tokens, message in cases:

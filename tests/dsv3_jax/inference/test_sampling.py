@@ -81,11 +81,10 @@ def test_filters_equal_the_oracle(seed):
 
 
 def test_top_k_comes_before_top_p_and_top_p_before_min_p():
-    """Probabilities 0.4, 0.3, 0.2, 0.1. After top-k 2 the first holds 4/7, under 0.6, so top-p keeps two; of all four it
-    would have kept two as well; of top-p 0.5, two without top-k and one after it."""
+    """Probabilities 0.4, 0.3, 0.2, 0.1. Top-p 0.5 keeps two, but one after top-k 2, when the first holds 4/7."""
     logits, seen = np.log(np.float32([[0.4, 0.3, 0.2, 0.1]])), np.zeros((1, 4), bool)
-    for sampling, kept in ((Sampling(top_p=0.5), 2), (Sampling(top_k=2, top_p=0.5), 1), (Sampling(top_k=2, top_p=0.6), 2),
-                           (Sampling(top_k=2, top_p=0.6, min_p=0.8), 1)):
+    for sampling, kept in ((Sampling(top_p=0.5), 2), (Sampling(top_k=2, top_p=0.5), 1),
+                           (Sampling(top_k=2, top_p=0.6), 2), (Sampling(top_k=2, top_p=0.6, min_p=0.8), 1)):
         p = _probabilities(logits, seen, sampling_rows([sampling]))
         assert (np.asarray(p) > 0).sum() == kept, sampling
 
