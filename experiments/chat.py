@@ -20,15 +20,16 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import Generation, Generator, Weights
 from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.chat_template import ChatTemplate, Message
+from dsv3_jax.interop.tokenizer import Tokenizer
 from experiments.command_line import finish, standard_output_for_json
-from experiments.inference_options import FolderOptions, Loaded, SamplingOptions, load_generator
+from experiments.inference_options import GeneratorOptions, SamplingOptions, load_generator
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Whom to talk to, and how."""
 
-    folder: tyro.conf.OmitArgPrefixes[FolderOptions]
+    folder: tyro.conf.OmitArgPrefixes[GeneratorOptions]
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions]
     system: str | None = None
     """What the model is told before the conversation."""
@@ -43,9 +44,9 @@ class Arguments:
 class Conversation:
     """Messages so far, and how the model answers them. Each answer reads the conversation anew."""
 
-    def __init__(self, arguments: Arguments, loaded: Loaded, generator: Generator, weights: Weights):
-        self._arguments, self._loaded, self._generator, self._weights = arguments, loaded, generator, weights
-        self._template = ChatTemplate(arguments.folder.folder, loaded.tokenizer)
+    def __init__(self, arguments: Arguments, tokenizer: Tokenizer, generator: Generator, weights: Weights):
+        self._arguments, self._tokenizer, self._generator, self._weights = arguments, tokenizer, generator, weights
+        self._template = ChatTemplate(arguments.folder.folder, tokenizer)
         self._answers = 0
         self.clear()
 
@@ -60,7 +61,7 @@ class Conversation:
         generation = self._generator.generate(
             self._weights, [self._prompt()], self._arguments.tokens, self._arguments.sampling.sampling(self._answers),
             self._template.stop_ids)
-        stream = TextStream(self._loaded.tokenizer, self._arguments.stop)
+        stream = TextStream(self._tokenizer, self._arguments.stop)
         for [ids] in generation:
             say(stream.push(token for token in ids if token not in self._template.stop_ids))
             if stream.stopped is not None:
@@ -83,7 +84,7 @@ def main() -> None:
     """Entry point."""
     arguments = tyro.cli(Arguments, description=__doc__)
     with standard_output_for_json(arguments.json) as write_json:
-        conversation = Conversation(arguments, *load_generator(arguments.folder))
+        conversation = Conversation(arguments, *load_generator(arguments.folder)[1:])
         if arguments.json:
             began = time.perf_counter()
             text, generation = conversation.answer(sys.stdin.read().rstrip("\n"), lambda piece: None)

@@ -23,14 +23,14 @@ from dsv3_jax.inference.generate import Generation
 from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.tokenizer import Tokenizer
 from experiments.command_line import finish, standard_output_for_json
-from experiments.inference_options import FolderOptions, SamplingOptions, load_generator
+from experiments.inference_options import GeneratorOptions, SamplingOptions, load_generator
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to continue, and how."""
 
-    folder: tyro.conf.OmitArgPrefixes[FolderOptions]
+    folder: tyro.conf.OmitArgPrefixes[GeneratorOptions]
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions]
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, given once for each; - reads one from standard input. Default: "The American people"."""
@@ -49,13 +49,13 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     texts = _prompts(arguments)
     with standard_output_for_json(arguments.json) as write_json:
-        loaded, generator, weights = load_generator(arguments.folder)
-        ids = [np.array([loaded.tokenizer.bos, *loaded.tokenizer.encode(text)], np.int32) for text in texts]
+        loaded, tokenizer, generator, weights = load_generator(arguments.folder)
+        ids = [np.array([tokenizer.bos, *tokenizer.encode(text)], np.int32) for text in texts]
         generation = generator.generate(weights, ids, arguments.tokens,
                                         [arguments.sampling.sampling(row) for row in range(len(texts))],
-                                        [loaded.tokenizer.eos])
+                                        [tokenizer.eos])
         began = time.perf_counter()
-        rows = run(generation, loaded.tokenizer, arguments.stop, None if arguments.json else texts)
+        rows = run(generation, tokenizer, arguments.stop, None if arguments.json else texts)
         seconds = time.perf_counter() - began
     answers = [{"prompt": text, "text": row.text, "tokens": len(made), "stop": row.stopped}
                for text, row, made in zip(texts, rows, generation.tokens, strict=True)]

@@ -1,9 +1,11 @@
-"""What generate.py and chat.py share: a folder made ready for inference, and options of sampling."""
+"""What scripts share that run a model: where it comes from, on which devices, and options of sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,28 +13,30 @@ import jax
 import tyro
 from flax import nnx
 
-from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, run_from_dict
+from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, check_expert_layout
 from dsv3_jax.inference.generate import Generator, Weights
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.interop.convert import open_store
+from dsv3_jax.interop.load import load
+from dsv3_jax.interop.published_config import read_json
+from dsv3_jax.interop.run_checkpoint import RunCheckpoint
 from dsv3_jax.interop.tokenizer import Tokenizer
-from dsv3_jax.mesh import make_mesh
-from dsv3_jax.precision.recipe import Precision
+from dsv3_jax.mesh import make_mesh, mesh_shape
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, Precision
 from dsv3_jax.training import runtime
-from dsv3_jax.training.checkpoint import Checkpoints
 
 
 class Loaded(NamedTuple):
-    """A model to generate with, wherever it came from."""
+    """A model to run, wherever it came from."""
 
     model: ModelConfig
     precision: Precision
     mesh: jax.sharding.Mesh
     params: nnx.State
-    """float32 or compute precision, laid out on the mesh."""
+    """In compute precision (router and norms in float32), laid out on the mesh."""
     router_bias: nnx.State
-    tokenizer: Tokenizer
     source: str
-    """For people: which checkpoint."""
+    """For people: which weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,42 +65,61 @@ class FolderOptions:
     """Which model, and how it runs."""
 
     folder: tyro.conf.Positional[Path]
-    """A run folder of experiments/train.py."""
+    """A run folder of experiments/train.py, a published model (config.json and safetensors), or an Orbax folder of
+    weights."""
     step: int | None = None
-    """Checkpoint to use; default the latest."""
+    """Of a run, the checkpoint; default the latest."""
     ema: bool = False
-    """Use the moving average of the weights instead of the last ones."""
+    """Of a run, the moving average of the weights instead of the last ones."""
+    precision: Precision | None = None
+    """Of weights and activations; default that of the run, bf16 for a published model."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices to spread over; by default one. `--mesh.zero full` spreads all weights, not only experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorOptions(FolderOptions):
+    """A model that generates."""
+
     speculative: bool = False
     """Draft tokens with the multi-token-prediction modules and verify several at once."""
 
 
-def load_for_inference(folder: Path, step: int | None = None, ema: bool = False) -> Loaded:
-    """The model in `folder` on one device.
-
-    The one place that knows kinds of folders: another kind is a branch here that returns the same `Loaded`.
+def load_for_inference(options: FolderOptions) -> Loaded:
+    """The model in the folder, each device reading its part.
 
     Raises:
-      ConfigError: not a run folder, one without a tokenizer, or no such checkpoint.
+      ConfigError: no model in the folder or a damaged one, no such checkpoint, or a mesh that does not fit.
     """
-    path = folder / "config.json"
+    runtime.start(options.mesh)
+    store = open_store(options.folder, options.step, options.ema)
+    check_expert_layout(store.config, options.mesh)
+    precision = options.precision or "bf16"
+    if options.precision is None and isinstance(store, RunCheckpoint):
+        precision = read_json(options.folder / "config.json")["precision"]
+    devices = jax.devices()
+    mesh = make_mesh(options.mesh, devices[:math.prod(mesh_shape(options.mesh, len(devices)))])
+    params, router_bias = load(store, mesh, COMPUTE_DTYPE[precision], say=functools.partial(print, file=sys.stderr))
+    return Loaded(store.config, precision, mesh, params, router_bias, str(store.where))
+
+
+def tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = folder / "tokenizer.json"
     if not path.exists():
-        raise ConfigError(f"run folder {folder} has no config.json: give a folder made by experiments/train.py")
-    config = dataclasses.replace(run_from_dict(json.loads(path.read_text())), mesh=MeshConfig(data=1))
-    runtime.start(config)
-    if not (folder / "tokenizer.json").exists():
-        raise ConfigError(f"run folder {folder} has no tokenizer.json: it was trained on bare token ids, which can't "
-                          "be shown as text")
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state, position = Checkpoints(folder / "checkpoints", keep=10 ** 6).restore(config, mesh, step)
-    if ema and state.ema is None:
-        raise ConfigError("--ema: this run keeps no moving average; train with --optimizer.ema-decay")
-    params = state.ema if ema and state.ema is not None else state.params
-    return Loaded(config.model, config.precision, mesh, params, state.router_bias,
-                  Tokenizer.load(folder / "tokenizer.json"), f"checkpoint of step {position.step}")
+        raise ConfigError(f"{folder} has no tokenizer.json, so text can be neither read nor shown: put the model's own "
+                          "there")
+    return Tokenizer.load(path)
 
 
-def load_generator(options: FolderOptions) -> tuple[Loaded, Generator, Weights]:
-    """The folder's model, and a generator with its weights prepared."""
-    loaded = load_for_inference(options.folder, options.step, options.ema)
-    generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, speculative=options.speculative)
-    return loaded, generator, generator.prepare(loaded.params, loaded.router_bias)
+def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Generator, Weights]:
+    """The folder's model and tokenizer, and a generator with its weights prepared."""
+    tokenizer = tokenizer_in(options.folder)
+    loaded = load_for_inference(options)
+    generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, speculative=options.speculative,
+                          spread=options.mesh.zero == "full")
+    return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)

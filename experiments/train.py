@@ -55,7 +55,7 @@ def main() -> None:
     """Entry point."""
     arguments = parse(sys.argv[1:])
     with standard_output_for_json(arguments.json) as write_json:
-        runtime.start(arguments.config)
+        runtime.start(arguments.config.mesh, arguments.config.distributed)
         run_dir = arguments.run_dir or Path("runs") / arguments.preset
         summary = train(arguments.config, run_dir, say_line, arguments.resume_from, arguments.init_from)
         if jax.process_index() == 0:

@@ -203,7 +203,7 @@ def test_sequence_balance_loss():
 
 VARIANTS = [{}, {"q_lora_rank": None, "n_shared_experts": 0, "rope_scaling": None, "num_nextn_predict_layers": 0},
             {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
-            {"mtp_hidden": "post_norm", "n_shared_experts": 2, "num_nextn_predict_layers": 1}]
+            {"mtp_hidden": "pre_norm", "n_shared_experts": 2, "num_nextn_predict_layers": 1}]
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -250,7 +250,7 @@ def test_mtp_norms_both_inputs_and_puts_the_embedding_first():
 
 def test_mtp_reads_the_hidden_state_before_or_after_the_final_norm():
     weights, tokens = oracle.random_weights(TINY, 4), random_tokens(7)
-    before = oracle.forward(TINY, weights, tokens)
+    before = oracle.forward(variant(mtp_hidden="pre_norm"), weights, tokens)
     after = oracle.forward(variant(mtp_hidden="post_norm"), weights, tokens)
     np.testing.assert_array_equal(before[0], after[0])
     assert np.abs(before[1][0] - after[1][0]).max() > 1e-3

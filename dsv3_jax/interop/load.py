@@ -35,7 +35,8 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
     handed over before the next is begun. Processes of a run each read what their devices hold.
 
     Args:
-      dtype: of the parameters; float8 is multiplied by its scales in float32 first. Biases stay float32.
+      dtype: of the parameters; float8 is multiplied by its scales in float32 first. Norms, routers and biases are
+        float32 whatever it is, as in training.
       allow_different_copies: go on, with a line to `say`, if a prediction module's copy of embedding or head differs
         from the main one. The main one is used: the model here holds it once.
 
@@ -50,15 +51,16 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
             by_path.setdefault(spec.place.path, {})[spec.place.index, spec.place.half] = spec
     params, router_bias = abstract_parameters(store.config)
 
-    def fill(state: nnx.State, kind: Any) -> nnx.State:
+    def fill(state: nnx.State) -> nnx.State:
         def one(path: Any, variable: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
             parts = by_path.get(jax.tree_util.keystr(path, simple=True, separator="/"), {})
             shape = variable.get_value().shape
+            kind = jnp.float32 if variable.get_metadata("float32", True) else dtype
             return variable.replace(_on_devices(
                 shape, sharding.get_value(), lambda bounds: _assemble(store, parts, shape, bounds).astype(kind)))
         return jax.tree_util.tree_map_with_path(one, state, shardings(state, mesh),
                                                 is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return fill(params, dtype), fill(router_bias, jnp.float32)
+    return fill(params), fill(router_bias)
 
 
 def abstract_parameters(config: ModelConfig) -> tuple[nnx.State, nnx.State]:

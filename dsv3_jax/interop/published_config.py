@@ -90,7 +90,7 @@ def model_from_published(values: Mapping[str, Any], where: Any = "config.json") 
         rms_norm_eps=read.number("rms_norm_eps", 1e-6), initializer_range=read.number("initializer_range", 0.02),
         rope_theta=theta, rope_scaling=scaling,
         masked_group_score=read.one_of("masked_group_score", masked, ("-inf", "0")),
-        mtp_hidden=read.one_of("mtp_hidden", "pre_norm", ("pre_norm", "post_norm")))
+        mtp_hidden=read.one_of("mtp_hidden", "post_norm", ("pre_norm", "post_norm")))
 
 
 def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:

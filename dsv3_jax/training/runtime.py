@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.config import ConfigError, DistributedConfig, MeshConfig
 from dsv3_jax.training.tokens import default_cache_dir
 
 # Any of these tells that a scheduler started several processes which JAX can find by itself.
@@ -19,28 +19,27 @@ _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"
 _LONGEST_WAIT_MS = 3600 * 1000  # tokenizing a corpus or compiling a large model may take one process this much longer
 
 
-def start(config: RunConfig) -> None:
-    """Prepares JAX for `config`. Call once, before the first array.
+def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()) -> None:
+    """Prepares JAX for `mesh`. Call once, before the first array.
 
-    Joins the other processes of the run: by `config.distributed` if given, else by what Slurm, Open MPI, GKE or a TPU
-    pod say in the environment, which `jax.distributed` reads itself.
+    Joins the other processes of the run: by `distributed` if given, else by what Slurm, Open MPI, GKE or a TPU pod say
+    in the environment, which `jax.distributed` reads itself.
     """
     if _accelerator() is None:
         _keep_freed_memory()
-    if config.mesh.simulate_devices is not None:
+    if mesh.simulate_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         os.environ["XLA_FLAGS"] = " ".join(
             [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-            + [f"--xla_force_host_platform_device_count={config.mesh.simulate_devices}"])
+            + [f"--xla_force_host_platform_device_count={mesh.simulate_devices}"])
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
-    given = config.distributed
-    if given.coordinator is not None:
-        jax.distributed.initialize(given.coordinator, given.processes, given.process)
+    if distributed.coordinator is not None:
+        jax.distributed.initialize(distributed.coordinator, distributed.processes, distributed.process)
     elif _in_cluster():
         jax.distributed.initialize()
-    if config.mesh.simulate_devices is not None and jax.local_device_count() != config.mesh.simulate_devices:
-        raise ConfigError(f"mesh.simulate_devices ({config.mesh.simulate_devices}) came too late: JAX already runs "
+    if mesh.simulate_devices is not None and jax.local_device_count() != mesh.simulate_devices:
+        raise ConfigError(f"mesh.simulate_devices ({mesh.simulate_devices}) came too late: JAX already runs "
                           f"with {jax.local_device_count()} devices; call runtime.start before using JAX")
 
 

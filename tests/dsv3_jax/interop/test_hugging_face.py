@@ -18,11 +18,14 @@ import pytest
 import safetensors
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.config import MeshConfig, ModelConfig, RopeScaling
+from dsv3_jax.interop.convert import open_store
+from dsv3_jax.interop.load import load
+from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn import router
 from dsv3_jax.nn.model import DeepSeekV3
+from dsv3_jax.nn.router import RouterBias
 from tests import oracle
-from tests.weights import model_from_oracle
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "hugging_face"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir())
@@ -77,9 +80,12 @@ def load_for_oracle(folder: Path, masked_group_score: str) -> tuple[ModelConfig,
 
 @functools.cache
 def load_published(folder: Path, masked_group_score: str) -> tuple[ModelConfig, DeepSeekV3]:
-    """A folder of the published format as this project's model, with transformers' way of multi-token prediction."""
-    config, weights = load_for_oracle(folder, masked_group_score)
-    return config, model_from_oracle(config, weights)
+    """A folder of the published format as this project's model."""
+    store = open_store(folder)
+    config = dataclasses.replace(store.config, masked_group_score=masked_group_score)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    structure = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+    return config, nnx.merge(structure, *load(store, mesh))
 
 
 def _expected(case: str, prefix: str) -> dict[str, np.ndarray]:
