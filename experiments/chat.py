@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -29,8 +29,8 @@ from experiments.inference_options import GeneratorOptions, SamplingOptions, loa
 class Arguments:
     """Whom to talk to, and how."""
 
-    folder: tyro.conf.OmitArgPrefixes[GeneratorOptions]
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions]
+    folder: Annotated[GeneratorOptions, tyro.conf.arg(name="")]
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
     system: str | None = None
     """What the model is told before the conversation."""
     tokens: int = 512

@@ -14,6 +14,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -30,8 +31,8 @@ from experiments.inference_options import GeneratorOptions, SamplingOptions, loa
 class Arguments:
     """What to continue, and how."""
 
-    folder: tyro.conf.OmitArgPrefixes[GeneratorOptions]
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions]
+    folder: Annotated[GeneratorOptions, tyro.conf.arg(name="")]
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, given once for each; - reads one from standard input. Default: "The American people"."""
     prompts: Path | None = None

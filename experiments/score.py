@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from experiments.inference_options import FolderOptions, Loaded, load_for_infere
 class Arguments:
     """What to score, with which model."""
 
-    folder: tyro.conf.OmitArgPrefixes[FolderOptions]
+    folder: Annotated[FolderOptions, tyro.conf.arg(name="")]
     tokens: Path
     """A .npy file of token ids, [B, T] or [T]; or a text file, scored as one row after the tokenizer's begin token."""
     out: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()
     """
     if _accelerator() is None:
         _keep_freed_memory()
+        if importlib.util.find_spec("jax_cuda13_plugin") and not jax.config.jax_platforms:
+            # The extra `aot` compiles for hardware that is not here; JAX would look for it, and complain at length.
+            jax.config.update("jax_platforms", "cpu")
     if mesh.simulate_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         os.environ["XLA_FLAGS"] = " ".join(
