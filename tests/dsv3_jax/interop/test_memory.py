@@ -20,9 +20,10 @@ from dsv3_jax.presets import MODELS
 from tests.published import small_config_json
 
 ROOT = Path(__file__).parents[3]
-CONSTANT = 200e6
+CONSTANT = 128e6
 """What a conversion may hold beside two of its largest tensors: blocks of rows in float32 and their copies, commits of
-Orbax's database and its index, and pages of the allocator. Measured: see the assertion's message."""
+Orbax's database and its index, and pages of the allocator. Measured with 397 MB of float8, whose largest tensor has
+4.2 MB: 68 MB to Orbax, 36 MB from there to bfloat16 safetensors."""
 
 # The baseline is the peak after the imports, so that jaxlib and Orbax do not count.
 _SCRIPT = """
@@ -74,11 +75,10 @@ def _peaks(tmp_path: Path, steps: list[tuple[str, str]], **sizes: int) -> tuple[
 
 def test_small(tmp_path):
     """The model is larger than what the conversion may take, so holding all of it would fail."""
-    steps = [("orbax", "same"), ("published", "same"), ("orbax", "bfloat16")]
-    total, largest, peaks = _peaks(tmp_path, steps, vocab=512, experts=64, width=1024)
-    assert total > 500e6
+    steps = [("orbax", "same"), ("published", "bfloat16")]
+    total, largest, peaks = _peaks(tmp_path, steps, vocab=512, experts=24, width=1024)
+    assert total > 2 * largest + CONSTANT
     assert largest < 10e6
-    print(peaks, largest, total)
     assert max(peaks) < 2 * largest + CONSTANT, (peaks, largest, total)
 
 
@@ -87,5 +87,4 @@ def test_2_gigabytes(tmp_path):
     steps = [("orbax", "same"), ("published", "bfloat16"), ("published", "float8")]
     total, largest, peaks = _peaks(tmp_path, steps, vocab=65536, experts=96, width=1536)
     assert total > 2e9
-    print(peaks, largest, total)
     assert max(peaks) < 2 * largest + CONSTANT, (peaks, largest, total)
