@@ -46,8 +46,8 @@ class Arguments:
     target: tyro.conf.Positional[Path | None] = None
     """Folder to make."""
     format: Literal["float8", "bfloat16", "float32", "same"] = "same"
-    """float8: e4m3 in blocks of 128 x 128 with float32 scales, and the rest bfloat16, as DeepSeek-V3 is published. A run
-    is float32; `same` keeps every tensor's type, bit for bit."""
+    """float8: e4m3 in blocks of 128 x 128 with float32 scales, and the rest bfloat16, as DeepSeek-V3 is published. A
+    run is float32; `same` keeps every tensor's type, bit for bit."""
     to: Kind | None = None
     """What to make; by default Orbax from a published model, and a published model from all else."""
     shard_gigabytes: float = 5.0

@@ -80,7 +80,8 @@ def convert(store: Store, target: Path, kind: Kind, fmt: Format | Literal["same"
     tensors = {spec.name: (spec.shape, spec.dtype) for spec in specs}
     total = sum(spec.nbytes for spec in specs)
     with staged(target) as folder:
-        writer = SafetensorsWriter(folder, tensors, shard_bytes) if kind == "published" else OrbaxWriter(folder, tensors)
+        writer: SafetensorsWriter | OrbaxWriter = (SafetensorsWriter(folder, tensors, shard_bytes)
+                                                   if kind == "published" else OrbaxWriter(folder, tensors))
         with contextlib.closing(writer):
             done, size = 0, 0
             for spec in specs:

@@ -48,7 +48,7 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
     by_path: dict[str, dict[Part, TensorSpec]] = {}
     for spec in specs:
         if spec.copy_of is None and spec.scale_of is None:
-            by_path.setdefault(spec.place.path, {})[spec.place.index, spec.place.half] = spec
+            by_path.setdefault(spec.place.path, {})[spec.place.at, spec.place.half] = spec
     params, router_bias = abstract_parameters(store.config)
 
     def fill(state: nnx.State) -> nnx.State:
@@ -65,7 +65,10 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
 
 def abstract_parameters(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
     """Shapes of (parameters, router biases) of `config`'s model; nothing is allocated."""
-    return jax.eval_shape(lambda: nnx.split(DeepSeekV3(config, nnx.Rngs(0)), nnx.Param, RouterBias)[1:3])
+    def make() -> tuple[nnx.State, nnx.State]:
+        _, params, *others = nnx.split(DeepSeekV3(config, nnx.Rngs(0)), nnx.Param, RouterBias)
+        return params, others[0]
+    return jax.eval_shape(make)
 
 
 def _on_devices(shape: tuple[int, ...], sharding: NamedSharding,
@@ -175,7 +178,7 @@ class LiveWeights(TreeStore):
 
 def _slice_of_shard(x: jax.Array, starts: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
     """A slice of what one device holds. A CPU's arrays are seen in place, without a program for every shape."""
-    if x.device.platform == "cpu":
+    if next(iter(x.devices())).platform == "cpu":
         return np.asarray(x)[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
     return np.asarray(_sliced(x, starts, sizes))
 

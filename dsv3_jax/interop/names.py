@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     path: str
     """Of the variable, as 'moe_layers/mlp/experts/gate_up_proj'."""
-    index: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()
     """Layer in the stack, then expert: what to take of the leading dimensions."""
     half: int | None = None
     """0 for the gate and 1 for the up projection, where the variable's last dimension holds both."""

@@ -24,8 +24,9 @@ _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
 def database(folder: Path) -> dict[str, Any]:
     """The spec of the key-value store in `folder`."""
     url = f"file://{folder.absolute()}/"
-    return {"driver": "ocdbt", "base": url} if (folder / "manifest.ocdbt").exists() else {"driver": "file", "path":
-                                                                                          str(folder.absolute()) + "/"}
+    if (folder / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": url}
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def context() -> tensorstore.Context:
@@ -52,21 +53,21 @@ class OrbaxArrays:
             keys = tensorstore.KvStore.open(self._database, context=self._context).result()
             self._list(keys)
         except (ValueError, KeyError, OSError) as error:
-            raise ConfigError(f"{folder} cannot be read as an Orbax checkpoint: {_short(error)}; write or fetch it again"
+            raise ConfigError(f"{folder} is no readable Orbax checkpoint: {_short(error)}; write or fetch it again"
                               ) from error
 
     def _list(self, keys: tensorstore.KvStore) -> None:
         chunks: dict[str, int] = {}
         headers: dict[str, str] = {}
-        for key in keys.list().result():
-            name, _, last = key.decode().partition("/.zarray")
-            if key.endswith((b"/.zarray", b"/zarr.json")):
-                headers[key.decode().rpartition("/")[0]] = key.decode()
-            else:
-                chunk_of = key.decode().partition("/c/")[0] if "/c/" in key.decode() else key.decode().rpartition("/")[0]
-                chunks[chunk_of] = chunks.get(chunk_of, 0) + 1
-        for name, key in headers.items():
-            about = json.loads(keys[key])
+        for key in (raw.decode() for raw in keys.list().result()):
+            name, _, last = key.rpartition("/")
+            if last in (".zarray", "zarr.json"):
+                headers[name] = key
+            else:  # a chunk: NAME/0.1 in zarr, NAME/c/0/1 in zarr3
+                name = key.partition("/c/")[0] if "/c/" in key else name
+                chunks[name] = chunks.get(name, 0) + 1
+        for name, header in headers.items():
+            about = json.loads(keys[header])
             second = about["zarr_format"] == 2
             self._drivers[name] = "zarr" if second else "zarr3"
             shape = tuple(about["shape"])

@@ -39,8 +39,8 @@ class OrbaxWeights(Store):
         self.config = model_from_published(self.values, folder / "config.json")
         self.companions = companions_of(folder)
         if not (folder / ITEM / "_METADATA").is_file():
-            raise ConfigError(f"{folder / ITEM / '_METADATA'} is missing: the checkpoint is not complete; write or fetch "
-                              "it again")
+            raise ConfigError(f"{folder / ITEM / '_METADATA'} is missing: the checkpoint is not complete; write or "
+                              "fetch it again")
         self._arrays = OrbaxArrays(folder / ITEM)
         self.tensors = self._arrays.arrays
 

@@ -48,7 +48,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_si
           "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
           "n_routed_experts", "num_experts_per_tok", "first_k_dense_replace", "max_position_embeddings")
 _OURS = ("masked_group_score", "mtp_hidden")
-"""Choices that published files leave to the code. Written, where not the default, under our names: others ignore them."""
+"""Choices that published files leave to the code. Written under our names where not the default; others ignore them."""
 
 
 def model_from_published(values: Mapping[str, Any], where: Any = "config.json") -> ModelConfig:
@@ -166,7 +166,7 @@ def published_from_model(config: ModelConfig, fmt: Format, bos: int | None = Non
                           "group_limited_greedy")
     default = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     scaling = None if c.rope_scaling is None else {"type": "yarn", **dataclasses.asdict(c.rope_scaling)}
-    values = {"architectures": [ARCHITECTURES[kind].name], "model_type": kind}
+    values: dict[str, Any] = {"architectures": [ARCHITECTURES[kind].name], "model_type": kind}
     values |= {name: value for name, value in dataclasses.asdict(c).items() if name not in _OURS}
     values |= {"rope_scaling": scaling, "num_key_value_heads": c.num_attention_heads, "hidden_act": "silu",
                "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,

@@ -59,13 +59,13 @@ class RunCheckpoint(TreeStore):
             return self._arrays.read(name, bounds)
         # Published rows are our columns: block by block they would read a matrix's chunks as often as it has blocks.
         # The matrix read last is kept whole, gate and up together.
-        key = (name, spec.place.index)
+        key = (name, spec.place.at)
         if self._matrix is None or self._matrix[0] != key:
             self._matrix = None
-            whole = tuple((0, size) for size in self._arrays.arrays[name].shape[len(spec.place.index):])
-            self._matrix = key, self._arrays.read(name, (*((i, i + 1) for i in spec.place.index), *whole))
-        inner = tuple(slice(*span) for span in bounds[len(spec.place.index):])
-        return self._matrix[1][(slice(None),) * len(spec.place.index) + inner]
+            whole = tuple((0, size) for size in self._arrays.arrays[name].shape[len(spec.place.at):])
+            self._matrix = key, self._arrays.read(name, (*((i, i + 1) for i in spec.place.at), *whole))
+        inner = tuple(slice(*span) for span in bounds[len(spec.place.at):])
+        return self._matrix[1][(slice(None),) * len(spec.place.at) + inner]
 
 
 def _model(path: Path) -> ModelConfig:

@@ -119,8 +119,8 @@ def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
     for name, file in named.items():
         if name not in tensors or tensors[name].file != folder / file:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "it is missing"
-            raise ConfigError(f"{folder / INDEX} says that tensor {name} is in {folder / file}, but {where}: fetch both "
-                              "again")
+            raise ConfigError(f"{folder / INDEX} says that tensor {name} is in {folder / file}, but {where}: fetch "
+                              "both again")
     for name in tensors:
         if name not in named:
             raise ConfigError(f"{tensors[name].file}: tensor {name} is not in {INDEX}: fetch both again")

@@ -90,7 +90,7 @@ def _split(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], shard_bytes:
     """Names by shard; a weight and its scales stay together."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
             continue
         group = [name, *([name + SCALE] if name + SCALE in tensors else [])]

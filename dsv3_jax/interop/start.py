@@ -37,5 +37,5 @@ def tokenizer_warning(store: Store, tokenizer: Tokenizer | None) -> Iterator[str
     """A line, if the weights come with another tokenizer than the run's."""
     theirs = next((path for path in store.companions if path.name == "tokenizer.json"), None)
     if theirs and tokenizer is not None and Tokenizer.load(theirs).fingerprint() != tokenizer.fingerprint():
-        yield (f"WARNING: the weights come with another tokenizer than this run's data: --data.tokenizer {theirs} takes "
-               "theirs")
+        yield (f"WARNING: the weights come with another tokenizer than this run's data: --data.tokenizer {theirs} "
+               "takes theirs")

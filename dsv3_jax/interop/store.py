@@ -110,8 +110,8 @@ def _check_tensors(store: Store, specs: tuple[TensorSpec, ...], fmt: Format) -> 
         remedy = "fetch the model again"
         if depth and all(int(name.split(".")[2]) >= store.config.num_hidden_layers for name in missing
                          if name.startswith("model.layers.")) and any(name.startswith(last) for name in missing):
-            remedy = (f"if the model was saved without its prediction layers, set num_nextn_predict_layers ({depth}) to "
-                      "0 in config.json")
+            remedy = (f"if the model was saved without its prediction layers, set num_nextn_predict_layers ({depth}) "
+                      "to 0 in config.json")
         raise ConfigError(f"{store.where}: {_several('tensor', missing)} missing, which config.json asks for: {remedy}")
     extra = sorted(store.tensors.keys() - {spec.name for spec in specs})
     if extra:
@@ -124,8 +124,8 @@ def _check_tensors(store: Store, specs: tuple[TensorSpec, ...], fmt: Format) -> 
                               f"for {list(spec.shape)}: use the config.json of these weights")
         # Some bfloat16 models hold the router's bias in bfloat16 as well.
         if stored.dtype != spec.dtype and not (spec.place.router_bias and stored.dtype == BFLOAT16):
-            raise ConfigError(f"{stored.file}: tensor {spec.name} is {stored.dtype.name}, and a {fmt} model holds it in "
-                              f"{spec.dtype.name}: convert it first")
+            raise ConfigError(f"{stored.file}: tensor {spec.name} is {stored.dtype.name}, and a {fmt} model holds it "
+                              f"in {spec.dtype.name}: convert it first")
 
 
 def _several(noun: str, names: list[str]) -> str:
@@ -142,8 +142,8 @@ def check_finite(values: np.ndarray, name: str, file: Path) -> None:
     else:
         bad = ~np.isfinite(values)
     if bad.any():
-        raise ConfigError(f"{file}: tensor {name} has NaN or infinity ({int(bad.sum())} of {bad.size} values read): the "
-                          "file is damaged or the model diverged; fetch it again, or take an earlier checkpoint")
+        raise ConfigError(f"{file}: tensor {name} has NaN or infinity ({int(bad.sum())} of {bad.size} values read): "
+                          "the file is damaged or the model diverged; fetch it again, or take an earlier checkpoint")
 
 
 def block_rows(shape: tuple[int, ...]) -> int:

@@ -28,6 +28,6 @@ class TreeStore(Store):
         if spec.place.half is not None:
             offset = spec.place.half * spec.shape[0]
             inner = (*inner[:-1], (inner[-1][0] + offset, inner[-1][1] + offset))
-        values = self._leaf(spec, (*((i, i + 1) for i in spec.place.index), *inner))
-        values = values.reshape(values.shape[len(spec.place.index):])
+        values = self._leaf(spec, (*((i, i + 1) for i in spec.place.at), *inner))
+        values = values.reshape(values.shape[len(spec.place.at):])
         return values.T if spec.place.transposed else values

@@ -72,7 +72,8 @@ class Checkpoints:
         about = {"format": FORMAT, "config": dataclasses.asdict(config), "position": dataclasses.asdict(position)}
         leaves = named_leaves(state)
         self._manager.save(position.step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves, save_args=jax.tree.map(_chunks, leaves)), about=ocp.args.JsonSave(about)))
+            state=ocp.args.StandardSave(leaves, save_args=jax.tree.map(_chunks, leaves)),
+            about=ocp.args.JsonSave(about)))
 
     def restore(self, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, Position]:
         """The state of `step` (default: the latest), laid out for `mesh`.
