@@ -66,6 +66,8 @@ def decode(model: DeepSeekV3, tokens_BQ: jax.Array, cache: LatentCache, counts_B
            execution: Execution = Execution()) -> CachedOutput:
     """Appends Q tokens to each row: one for plain decoding, more for a chunk of a prompt or to verify drafts.
 
+    Scores of all Q queries to the whole capacity are in memory at once, so a long prompt goes in chunks.
+
     Args:
       tokens_BQ: int [B, Q].
       counts_B: int [B], how many of the Q are real; None: all. A row with none stays as it is. Tokens beyond the

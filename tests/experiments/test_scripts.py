@@ -73,7 +73,7 @@ def test_generate_streams_text_that_repeats_with_its_seed(finished):
     assert texts[0] == texts[1]
     assert texts[0].startswith("12 times")
     made = json.loads(_run("generate.py", run_dir, "--prompt", "12 times", "--tokens", 12, "--seed", 3, "--json")[0])
-    assert "12 times" + made["text"] == texts[0].rstrip("\n")
+    assert "12 times" + made["text"] + "\n" == texts[0]
 
 
 def test_generate_takes_several_prompts_and_drafts(finished, tmp_path):
@@ -102,10 +102,10 @@ def test_chat_answers_what_is_piped_in(finished, tmp_path):
     options = [run_dir, "--tokens", 8, "--temperature", 0]
     one = json.loads(_run("chat.py", *options, "--json", stdin="12 times\n")[0])
     out, err = _run("chat.py", *options, stdin="12 times\n\n12 times\nand <|end_of_text|>\nand\n")
-    answers = out.split("\n")
-    assert answers[:2] == [one["answer"]] * 2  # the empty line began a new conversation
+    answer = one["answer"] + "\n"
+    assert out.startswith(2 * answer)  # the empty line began a new conversation
+    assert len(out) > len(2 * answer)  # and one goes on after a message that was refused
     assert "spells the special token" in err
-    assert len(answers) >= 4
 
 
 def test_plot_is_a_picture(finished):
