@@ -58,11 +58,11 @@ def main() -> None:
         began = time.perf_counter()
         rows = run(generation, tokenizer, arguments.stop, None if arguments.json else texts)
         seconds = time.perf_counter() - began
-    answers = [{"prompt": text, "text": row.text, "tokens": len(made), "stop": row.stopped}
-               for text, row, made in zip(texts, rows, generation.tokens, strict=True)]
-    about = {"seconds": seconds, "source": loaded.source, "acceptance": generation.acceptance,
-             "tokens_per_step": generation.tokens_per_step}
-    write_json({**answers[0], **about} if len(answers) == 1 else {"answers": answers, **about})
+        answers = [{"prompt": text, "text": row.text, "tokens": len(made), "stop": row.stopped}
+                   for text, row, made in zip(texts, rows, generation.tokens, strict=True)]
+        about = {"seconds": seconds, "source": loaded.source, "acceptance": generation.acceptance,
+                 "tokens_per_step": generation.tokens_per_step}
+        write_json({**answers[0], **about} if len(answers) == 1 else {"answers": answers, **about})
     if not arguments.json:
         made = sum(map(len, generation.tokens))
         kept = "" if generation.acceptance is None else f", {100 * generation.acceptance:.0f}% of drafts accepted"

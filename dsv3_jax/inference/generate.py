@@ -132,11 +132,12 @@ class Generator:
                 raise ConfigError(f"prompt {row} has token {high if low >= 0 else low} outside model.vocab_size "
                                   f"({self.model.vocab_size}): use the tokenizer the model was trained with")
             if len(prompt) + new_tokens > self.window:
+                shorter, fewer = self.window - new_tokens, self.window - len(prompt)
+                remedies = [f"shorten the prompt to {shorter} tokens"] * (shorter > 0)
+                remedies += [f"ask for at most {fewer} new ones"] * (fewer > 0)
                 raise ConfigError(
                     f"prompt {row} has {len(prompt)} tokens and {new_tokens} new ones are asked for, but the model's "
-                    f"window (model.max_position_embeddings) is {self.window}: shorten the prompt to "
-                    f"{max(0, self.window - new_tokens)} tokens, or ask for at most "
-                    f"{max(0, self.window - len(prompt))} new ones")
+                    f"window (model.max_position_embeddings) is {self.window}: {', or '.join(remedies) or 'shorten both'}")
 
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         weights = compute_weights(params, self._precision)
