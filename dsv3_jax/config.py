@@ -14,7 +14,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 class ConfigError(ValueError):
@@ -22,6 +22,7 @@ class ConfigError(ValueError):
 
 
 Recompute = Literal["none", "paper", "experts", "full"]
+Attention = Literal["mla", "gqa", "mqa"]
 
 
 def named(table: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -63,7 +64,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: Multi-head Latent Attention, DeepSeekMoE and multi-token prediction."""
+    """The architecture: Multi-head Latent Attention or what it is measured against, DeepSeekMoE and multi-token
+    prediction."""
 
     vocab_size: int
     hidden_size: int
@@ -113,10 +115,40 @@ class ModelConfig:
     """Epsilon of the norms of the compressed query and of the latent. No config.json names it: DeepSeek's code and
     transformers have 1e-6 here whatever rms_norm_eps is, vLLM and SGLang have rms_norm_eps (transformers #44261)."""
     initializer_range: float = 0.006
+    attention: Attention = "mla"
+    """mla: keys and values from a cached latent (paper 2, section 2.1.1). gqa, mqa: heads of keys and values that
+    groups of query heads, or all of them, share (paper 1, section 2.1.2); they ignore lora ranks and MLA's head widths."""
+    num_key_value_heads: int | None = None
+    """Heads of keys and values of gqa; as many as query heads is multi-head attention. mqa has one."""
+    head_dim: int | None = None
+    """Width of a head of gqa and mqa, rotated as a whole; None: v_head_dim."""
+    attention_window: int | None = None
+    """Tokens that a token attends to, the last ones, itself included; None: all before it."""
 
     @property
     def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        """Width of a query's and a key's head."""
+        return self.kv_head_dim if self.attention != "mla" else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of a value's head."""
+        return self.kv_head_dim if self.attention != "mla" else self.v_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head is rotated."""
+        return self.kv_head_dim if self.attention != "mla" else self.qk_rope_head_dim
+
+    @property
+    def kv_head_dim(self) -> int:
+        """Width of a head of gqa and mqa."""
+        return self.head_dim or self.v_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values of gqa and mqa."""
+        return 1 if self.attention == "mqa" else self.num_key_value_heads or 0
 
     @property
     def num_moe_layers(self) -> int:
@@ -136,7 +168,30 @@ class ModelConfig:
         _require(self.first_k_dense_replace < self.num_hidden_layers,
                  f"model.first_k_dense_replace ({self.first_k_dense_replace}) must be below num_hidden_layers "
                  f"({self.num_hidden_layers}); at least one layer has experts")
+        self._check_attention()
         self._check_routing()
+
+    def _check_attention(self) -> None:
+        kind, heads, shared = self.attention, self.num_attention_heads, self.num_key_value_heads
+        _require(kind in get_args(Attention),
+                 f"model.attention ({kind}) must be one of {', '.join(get_args(Attention))}")
+        _require(self.attention_window is None or self.attention_window >= 1,
+                 f"model.attention_window ({self.attention_window}) must be at least 1, the token itself, or None for "
+                 "all tokens")
+        if kind == "mla":
+            for name in ("num_key_value_heads", "head_dim"):
+                _require(getattr(self, name) is None, f"model.{name} ({getattr(self, name)}) has no meaning for "
+                         "model.attention (mla): leave it unset, or choose gqa")
+            return
+        _require(kind != "gqa" or (shared is not None and shared >= 1 and heads % shared == 0),
+                 f"model.num_key_value_heads ({shared}) must divide num_attention_heads ({heads}) for model.attention "
+                 f"(gqa): set it to 1..{heads}")
+        _require(kind != "mqa" or shared in (None, 1), f"model.num_key_value_heads ({shared}) must be 1 or unset for "
+                 "model.attention (mqa): all query heads share one; choose gqa for more")
+        _require(self.head_dim is None or self.head_dim >= 1, f"model.head_dim ({self.head_dim}) must be at least 1, "
+                 f"or None for v_head_dim ({self.v_head_dim})")
+        _require(self.kv_head_dim % 2 == 0,
+                 f"model.head_dim ({self.kv_head_dim}) must be even: rotation works on pairs")
 
     def _check_routing(self) -> None:
         experts, groups, kept, top_k = (self.n_routed_experts, self.n_group, self.topk_group,

@@ -71,6 +71,12 @@ _QUICKSTART = ModelConfig(
     n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
     routed_scaling_factor=2.5, max_position_embeddings=256, initializer_range=0.06)
 
+# The same with other attention, for experiments/kv_cache.py. Of four heads of 32 two share keys and values, or all do:
+# the cache has 128 values a token and layer, or 64, where the latent's has 64.
+_QUICKSTART_GQA = dataclasses.replace(_QUICKSTART, attention="gqa", num_attention_heads=4, num_key_value_heads=2,
+                                      head_dim=32)
+_QUICKSTART_MQA = dataclasses.replace(_QUICKSTART_GQA, attention="mqa", num_key_value_heads=None)
+
 _TINY = ModelConfig(
     vocab_size=320, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
     num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=2,
@@ -80,7 +86,8 @@ _TINY = ModelConfig(
 
 MODELS: dict[str, ModelConfig] = {
     "deepseek_v3": _DEEPSEEK_V3, "deepseek_v2": _DEEPSEEK_V2, "deepseek_v2_lite": _DEEPSEEK_V2_LITE,
-    "moonlight_16b": _MOONLIGHT_16B, "kimi_k2": _KIMI_K2, "quickstart": _QUICKSTART, "tiny": _TINY,
+    "moonlight_16b": _MOONLIGHT_16B, "kimi_k2": _KIMI_K2, "quickstart": _QUICKSTART,
+    "quickstart_gqa": _QUICKSTART_GQA, "quickstart_mqa": _QUICKSTART_MQA, "tiny": _TINY,
 }
 
 
@@ -120,6 +127,8 @@ RUNS: dict[str, RunConfig] = {
         report=ReportConfig(evaluate_every=0),
         steps=20, precision="float32"),
 }
+RUNS.update({name: dataclasses.replace(RUNS["quickstart"], model=MODELS[name])
+             for name in ("quickstart_gqa", "quickstart_mqa")})
 
 
 

@@ -241,7 +241,8 @@ class _Flops(NamedTuple):
         """FLOPs per token by what they are for; adds up to the total."""
         m = config.model
         layers = m.num_hidden_layers + m.num_nextn_predict_layers
-        up_projection = 6.0 * m.kv_lora_rank * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim) * layers
+        up_projection = (6.0 * m.kv_lora_rank * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim) * layers
+                         if m.attention == "mla" else 0.0)
         causes = {"model": model, "recomputation": self.by_pass["recomputation"] / tokens,
                   # The analytic count has the lower triangle; the program computes the square and masks it.
                   "masked_attention": self.attention_core / 2 / tokens, "running_sums": self.running_sums / tokens,

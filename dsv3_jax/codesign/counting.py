@@ -68,12 +68,15 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, causal: 
     """Forward and backward FLOPs of one token: 6 per activated matrix weight, plus attention scores and values.
 
     The embedding lookup and recomputation are not counted. `causal` counts the lower triangle of attention only, as
-    table 2 of paper 1 does (250 GFLOP for DeepSeek-V3 at 4096 without multi-token prediction).
+    table 2 of paper 1 does (250 GFLOP for DeepSeek-V3 at 4096 without multi-token prediction); a window cuts a band out
+    of it.
     """
     count = count_parameters(config)
     depth = config.num_nextn_predict_layers if mtp else 0
     head = config.vocab_size * config.hidden_size
     weights = count.activated_without_embedding + (count.mtp_activated + depth * head if depth else 0)
-    keys = sequence_length / 2 if causal else sequence_length
-    attention = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * keys
+    window = min(config.attention_window or sequence_length, sequence_length)
+    # The band of W keys less the triangle that the first tokens lack; the whole triangle, T/2, without a window.
+    keys = window * (1 - window / (2 * sequence_length)) if causal else window
+    attention = 2 * config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * keys
     return 6.0 * weights + 3.0 * attention * (config.num_hidden_layers + depth)

@@ -1,69 +1,21 @@
-"""The latent cache: what each layer remembers of each token (paper 1, section 2.1.2 and table 1).
-
-`Storage` is the one place that knows how entries lie in memory. The model's code writes entries by position and reads
-them back by layer, so another format is another class with the same `write` and `read`.
+"""The cache: what each layer remembers of each token, MLA's latent or others' keys and values (paper 1, section 2.1.2
+and table 1). How that lies in memory is `storage`'s.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.mesh import BATCH_AXES
+from dsv3_jax.inference.storage import EntryLayout, PlainStorage, QuantizedStorage, Storage, spread
 
-CacheFormat = Literal["bf16", "float32"]
-_DTYPES = {"bf16": jnp.bfloat16, "float32": jnp.float32}
-
-
-class Storage(Protocol):
-    """Entries of W = kv_lora_rank + qk_rope_head_dim values for each layer, row and position; a pytree."""
-
-    @property
-    def capacity(self) -> int:
-        """N: positions of a row."""
-
-    def write(self, layer: jax.Array | int, entries_BQW: jax.Array, positions_BQ: jax.Array) -> Self:
-        """Keeps entries of one layer at int32 positions of their rows; those outside [0, N) are dropped."""
-
-    def read(self, layer: jax.Array | int, dtype: jnp.dtype) -> jax.Array:
-        """All entries of one layer, [B, N, W]; what was never written may be anything."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PlainStorage:
-    """Entries as they are, in one floating-point type; see `Storage`."""
-
-    values_LBNW: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        return self.values_LBNW.shape[2]
-
-    def write(self, layer: jax.Array | int, entries_BQW: jax.Array, positions_BQ: jax.Array) -> PlainStorage:
-        return PlainStorage(write_rows(self.values_LBNW, layer, entries_BQW, positions_BQ))
-
-    def read(self, layer: jax.Array | int, dtype: jnp.dtype) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(self.values_LBNW, layer, keepdims=False).astype(dtype)
-
-
-def write_rows(values_LBNW: jax.Array, layer: jax.Array | int, rows_BQW: jax.Array,
-               positions_BQ: jax.Array) -> jax.Array:
-    """`values[layer, b, positions[b, q]] = rows[b, q]`, in place where the buffer may be; positions outside [0, N) are
-    dropped. Rows stay on the devices that hold them."""
-    index_BQ2 = jnp.stack([jnp.full_like(positions_BQ, layer), positions_BQ], axis=-1)
-    # Spelt out, because B is a batch dimension of both sides: by `values.at[...]` it would be an index like another,
-    # and the partitioner would gather the cache.
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2,), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2),
-        operand_batching_dims=(1,), scatter_indices_batching_dims=(0,))
-    return _spread(jax.lax.scatter(values_LBNW, index_BQ2, rows_BQW.astype(values_LBNW.dtype), dimensions,
-                                   mode=jax.lax.GatherScatterMode.FILL_OR_DROP))
+CacheFormat = Literal["bf16", "float32", "float8", "int8"]
+_PLAIN = {"bf16": jnp.dtype(jnp.bfloat16), "float32": jnp.dtype(jnp.float32)}
+_QUANTIZED = {"float8": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 
 @jax.tree_util.register_dataclass
@@ -78,24 +30,42 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold."""
+        """Entries that a row can hold: all its tokens, or the last of them (`ModelConfig.attention_window`)."""
         return self.storage.capacity
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, capacity: int, kind: CacheFormat = "bf16",
-              mtp: bool = True) -> LatentCache:
+              mtp: bool = True, layout: EntryLayout | None = None) -> LatentCache:
         """A cache of `rows` sequences with nothing in it, rows spread over the mesh in use.
 
         Args:
+          capacity: tokens of a row; a model with a window keeps no more entries than that needs.
+          kind: bf16 and float32 keep entries as they are; float8 (e4m3) and int8 have a scale a tile of 128 values.
           mtp: whether to make room for the multi-token-prediction modules.
+          layout: which parts of an entry float8 and int8 are for; None: `entry_layout`'s.
         """
-        shape = (cached_layers(config, mtp), rows, capacity, entry_width(config))
-        return cls(PlainStorage(_spread(jnp.zeros(shape, _DTYPES[kind]))), jnp.zeros((rows,), jnp.int32))
+        shape = cached_layers(config, mtp), rows, cached_entries(config, capacity, mtp)
+        layout = layout or entry_layout(config)
+        lengths_B = jnp.zeros((rows,), jnp.int32)
+        if kind in _QUANTIZED:
+            return cls(QuantizedStorage.empty(shape, layout, _QUANTIZED[kind]), lengths_B)
+        return cls(PlainStorage(spread(jnp.zeros((*shape, layout.width), _PLAIN[kind]))), lengths_B)
+
+
+def entry_layout(config: ModelConfig) -> EntryLayout:
+    """MLA: the latent, and the rotary key that all heads share; gqa and mqa: keys, then values.
+
+    MLA's rotary key stays in bf16 whatever the latent's format, as in DeepSeek-V3.2: a ninth of an entry's values, and
+    of 8-bit errors in the scores it causes most (experiments/kv_cache.py --quality measures it).
+    """
+    if config.attention == "mla":
+        return EntryLayout((config.kv_lora_rank,), config.qk_rope_head_dim)
+    return EntryLayout((config.kv_heads * config.kv_head_dim,) * 2)
 
 
 def entry_width(config: ModelConfig) -> int:
     """W: values of one token in one layer, 576 in V3."""
-    return config.kv_lora_rank + config.qk_rope_head_dim
+    return entry_layout(config).width
 
 
 def cached_layers(config: ModelConfig, mtp: bool = True) -> int:
@@ -103,12 +73,21 @@ def cached_layers(config: ModelConfig, mtp: bool = True) -> int:
     return config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
 
 
+def cached_entries(config: ModelConfig, tokens: int, mtp: bool = True) -> int:
+    """N: entries that a row of `tokens` needs, the window's at most.
+
+    Drafts that are rejected have taken the place of entries 2K back at most (see `speculative`), so the prediction
+    modules need as many entries more.
+    """
+    window = config.attention_window
+    if window is None:
+        return tokens
+    return min(tokens, window) + (2 * config.num_nextn_predict_layers if mtp else 0)
+
+
 def bytes_per_token(config: ModelConfig, kind: CacheFormat = "bf16", mtp: bool = True) -> int:
     """Bytes of one token in all layers: 70,272 for V3 in bf16 without its prediction module (paper 1, table 1)."""
-    return cached_layers(config, mtp) * entry_width(config) * jnp.dtype(_DTYPES[kind]).itemsize
-
-
-def _spread(x_LBNW: jax.Array) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:
-        return x_LBNW
-    return jax.lax.with_sharding_constraint(x_LBNW, PartitionSpec(None, BATCH_AXES))
+    layout = entry_layout(config)
+    entry = (sum(layout.parts) + 4 * layout.tiles + 2 * layout.plain if kind in _QUANTIZED
+             else layout.width * _PLAIN[kind].itemsize)
+    return cached_layers(config, mtp) * entry

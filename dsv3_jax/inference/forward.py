@@ -1,4 +1,4 @@
-"""The model on a latent cache: prefill, decode, and the prediction modules one token ahead.
+"""The model on a cache: prefill, decode, and the prediction modules one token ahead.
 
 The weights and modules are those of training; only attention differs, and reads what earlier tokens left in the cache.
 All shapes are static and rows have their own lengths: a row's tokens beyond its count are padding, which writes nothing
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Execution
-from dsv3_jax.inference.cache import LatentCache, Storage
+from dsv3_jax.inference.attend import attend
+from dsv3_jax.inference.cache import LatentCache
+from dsv3_jax.inference.storage import Storage
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
-from dsv3_jax.nn.attention import project_and_attend
 from dsv3_jax.nn.block import SHORT_STACK, Block, gathered
-from dsv3_jax.nn.cached_attention import absorbed_attention
 from dsv3_jax.nn.model import DeepSeekV3
 
 
@@ -55,7 +55,7 @@ def prefill(model: DeepSeekV3, tokens_BT: jax.Array, lengths_B: jax.Array, cache
     Args:
       tokens_BT: int [B, T], each row padded on the right.
       lengths_B: int [B], real tokens of each row.
-      cache: of capacity T or more; what it holds is forgotten.
+      cache: made for T tokens or more; what it holds is forgotten.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     span = Span(positions_BT, positions_BT < lengths_B[:, None], lengths_B, fresh=True)
@@ -167,14 +167,6 @@ def _block(block: Block, hidden_BQD: jax.Array, span: Span, storage: Storage, la
     attention = block.self_attn
     normed = block.input_layernorm(hidden_BQD)
     with jax.named_scope("attention"):
-        q_nope, q_rope = attention.query(normed, span.positions_BQ)
-        latent_BQC, key_BQR = attention.latent(normed, span.positions_BQ)
-        storage = storage.write(layer, jnp.concatenate([latent_BQC, key_BQR], axis=-1),
-                                jnp.where(span.real_BQ, span.positions_BQ, -1))
-        if span.fresh:
-            out = project_and_attend(attention.config, attention.kv_b_proj, q_nope, q_rope, latent_BQC, key_BQR)
-        else:
-            out = absorbed_attention(attention, q_nope, q_rope, storage.read(layer, hidden_BQD.dtype),
-                                     span.positions_BQ, span.lengths_B)
+        out, storage = attend(attention, normed, span, storage, layer)
         hidden_BQD += attention.o_proj(out.reshape(*out.shape[:2], -1))
     return block.feed_forward(constrain_batch(hidden_BQD), execution)[0], storage

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.mesh import SPREAD, TOKENS, context_size, copy_for_each_device, on_each_device
+from dsv3_jax.nn.causal import in_reach, over_query_chunks, sees
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import apply_rope, softmax_scale
@@ -61,7 +62,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; token t attends to tokens 0..t of its row."""
+        """[B, T, D] -> [B, T, D]; token t attends to tokens 0..t of its row, or to the last of them (a window)."""
         c = self.config
         chex.assert_axis_dimension(hidden_BTD, 2, c.hidden_size)
         q_nope, q_rope = self.query(hidden_BTD, positions_T)
@@ -78,7 +79,8 @@ def project_and_attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array
     kv = kv_b_proj(latent_BTC)
     kv = kv.reshape(*kv.shape[:-1], config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
     k_nope, value = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-    return causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(config), start, QUERY_CHUNK)
+    return causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(config), start, QUERY_CHUNK,
+                            config.attention_window)
 
 
 def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
@@ -103,7 +105,8 @@ def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Arr
 
 @jax.named_scope("attention_core")
 def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, value: jax.Array,
-                     scale: float, start: jax.Array | int = 0, chunk: int = QUERY_CHUNK) -> jax.Array:
+                     scale: float, start: jax.Array | int = 0, chunk: int = QUERY_CHUNK,
+                     window: int | None = None) -> jax.Array:
     """softmax(scale * (q^C.k^C + q^R.k^R)) v with a causal mask and a float32 softmax (equation 10).
 
     Args:
@@ -112,25 +115,16 @@ def causal_attention(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_
       value: [B, T, H, v_head_dim].
       start: position of the first query among the keys.
       chunk: queries whose scores are held at once; memory is B*H*chunk*T scores instead of B*H*Q*T.
+      window: tokens that a query sees, its own included; None: all before it.
 
     Returns:
       [B, Q, H, v_head_dim] in value's dtype.
     """
-    queries, length = q_nope.shape[1], k_nope.shape[1]
-
     def attend(q_nope: jax.Array, q_rope: jax.Array, start: jax.Array | int) -> jax.Array:
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32)
-        scores += jnp.einsum("bqhd,bkd->bhqk", q_rope, k_rope, preferred_element_type=jnp.float32)
-        past = start + jnp.arange(q_nope.shape[1])[:, None] >= jnp.arange(length)[None, :]
-        weights = jax.nn.softmax(jnp.where(past, scores * scale, -jnp.inf), axis=-1)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-
-    if queries <= chunk or queries % chunk:
-        return attend(q_nope, q_rope, start)
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], queries // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)),
-                      (chunks(q_nope), chunks(q_rope), start + chunk * jnp.arange(queries // chunk)))
-    return jnp.moveaxis(out, 0, 1).reshape(*value.shape[:1], queries, *value.shape[2:])
+        (key, key_rope, own_value), first = in_reach((k_nope, k_rope, value), start, q_nope.shape[1], window)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, key, preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bqhd,bkd->bhqk", q_rope, key_rope, preferred_element_type=jnp.float32)
+        seen = sees(start + jnp.arange(q_nope.shape[1])[:, None], first + jnp.arange(key.shape[1])[None, :], window)
+        weights = jax.nn.softmax(jnp.where(seen, scores * scale, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), own_value)
+    return over_query_chunks(attend, (q_nope, q_rope), start, chunk)

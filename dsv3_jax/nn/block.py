@@ -11,6 +11,7 @@ from flax import nnx
 from dsv3_jax.config import Execution, ModelConfig, Recompute
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.attention import MultiHeadLatentAttention
+from dsv3_jax.nn.grouped_query_attention import GroupedQueryAttention
 from dsv3_jax.nn.linear import FeedForward
 from dsv3_jax.nn.moe import MixtureOfExperts, RouterStats
 from dsv3_jax.nn.norm import RMSNorm
@@ -20,7 +21,7 @@ from dsv3_jax.nn.norm import RMSNorm
 # (paper 2, section 3.2.3) and keeps the outputs of other matrix products and of communication. "experts" keeps those of
 # attention and of the dense and shared feed-forward only, so it dispatches again: a routed row is kept by the device it
 # was sent to, num_experts_per_tok times and with the room of the buffers.
-_KEPT_BY_EXPERTS = ("plan", "latent", "attention_out", "residual", "ffn_inner")
+_KEPT_BY_EXPERTS = ("plan", "latent", "query_key_value", "attention_out", "residual", "ffn_inner")
 _KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner", "expert_out"), "experts": _KEPT_BY_EXPERTS,
          "full": ("plan",)}
 
@@ -42,12 +43,18 @@ def gathered(module: Any) -> Any:
     return nnx.merge(graphdef, gather_for_compute(state))
 
 
+def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadLatentAttention | GroupedQueryAttention:
+    """The kind of attention that the configuration names."""
+    kind = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+    return kind(config, rngs)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts."""
 
     def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, rngs)
+        self.self_attn = make_attention(config, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
         self.mlp = (MixtureOfExperts(config, rngs) if moe else
                     FeedForward(config.hidden_size, config.intermediate_size, config.initializer_range, rngs))

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.nn.attention import MultiHeadLatentAttention
+from dsv3_jax.nn.causal import sees
 from dsv3_jax.nn.rope import softmax_scale
 
 
 @jax.named_scope("attention_core")
 def absorbed_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q_rope: jax.Array,
-                       entries_BNW: jax.Array, positions_BQ: jax.Array, lengths_B: jax.Array) -> jax.Array:
+                       entries_BNW: jax.Array, positions_BQ: jax.Array, lengths_B: jax.Array,
+                       held_BN: jax.Array | None = None) -> jax.Array:
     """Attention in the latent space: no key or value of a cached token is ever formed.
 
     q^C.k^C = q^C.(W^UK c) = (W^UK^T q^C).c, so the query goes through the key half of `kv_b_proj` and meets the
@@ -30,6 +32,8 @@ def absorbed_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q
       positions_BQ: int32, the position of each query: it sees entries up to its own.
       lengths_B: int32, entries in use. Entries from there on may hold anything, NaN too. A query that sees no entry
         is padding: its result is finite and means nothing.
+      held_BN: int32, the position of each entry where they are in no order, -1 for one not in use; None: entry n is
+        that of position n, and the first `lengths_B` are in use.
 
     Returns:
       [B, Q, H, v_head_dim] in the queries' dtype; softmax in float32.
@@ -39,39 +43,48 @@ def absorbed_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q
     key_CHD, value_CHD = jnp.split(up_CHD, [c.qk_nope_head_dim], axis=-1)
     query_BQHC = jnp.einsum("bqhd,chd->bqhc", q_nope, key_CHD, preferred_element_type=jnp.float32)
     query_BQHW = jnp.concatenate([query_BQHC.astype(q_nope.dtype), q_rope], axis=-1)
-    entries_BNW = _without_unused(entries_BNW, lengths_B)
+    held_BN = in_order(entries_BNW.shape[1], lengths_B) if held_BN is None else held_BN
+    entries_BNW = without_unused(entries_BNW, held_BN)
     scores = jnp.einsum("bqhw,bnw->bhqn", query_BQHW, entries_BNW, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * softmax_scale(c), positions_BQ, lengths_B).astype(q_nope.dtype)
+    weights = cached_softmax(scores * softmax_scale(c), positions_BQ, held_BN, c.attention_window).astype(q_nope.dtype)
     latent_BQHC = jnp.einsum("bhqn,bnc->bqhc", weights, entries_BNW[..., :c.kv_lora_rank])
     return jnp.einsum("bqhc,chd->bqhd", latent_BQHC, value_CHD)
 
 
 def projected_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q_rope: jax.Array,
-                        entries_BNW: jax.Array, positions_BQ: jax.Array, lengths_B: jax.Array) -> jax.Array:
+                        entries_BNW: jax.Array, positions_BQ: jax.Array, lengths_B: jax.Array,
+                        held_BN: jax.Array | None = None) -> jax.Array:
     """`absorbed_attention` the plain way, by equations 2 and 5: all cached latents projected up to keys and values.
 
     The oracle of the other, and what costs less when queries are many and entries few.
     """
     c = attention.config
-    entries_BNW = _without_unused(entries_BNW, lengths_B)
+    held_BN = in_order(entries_BNW.shape[1], lengths_B) if held_BN is None else held_BN
+    entries_BNW = without_unused(entries_BNW, held_BN)
     latent_BNC, k_rope = jnp.split(entries_BNW, [c.kv_lora_rank], axis=-1)
     kv = attention.kv_b_proj(latent_BNC).reshape(*latent_BNC.shape[:2], c.num_attention_heads, -1)
     k_nope, value = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
     scores = jnp.einsum("bqhd,bnhd->bhqn", q_nope, k_nope, preferred_element_type=jnp.float32)
     scores += jnp.einsum("bqhd,bnd->bhqn", q_rope, k_rope, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * softmax_scale(c), positions_BQ, lengths_B).astype(value.dtype)
+    weights = cached_softmax(scores * softmax_scale(c), positions_BQ, held_BN, c.attention_window).astype(value.dtype)
     return jnp.einsum("bhqn,bnhd->bqhd", weights, value)
 
 
-def _without_unused(entries_BNW: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def in_order(capacity: int, lengths_B: jax.Array) -> jax.Array:
+    """int32 [B, N]: positions of entries that lie in order, -1 from a row's length on."""
+    entry_N = jnp.arange(capacity, dtype=jnp.int32)
+    return jnp.where(entry_N < lengths_B[:, None], entry_N, -1)
+
+
+def without_unused(entries_BNW: jax.Array, held_BN: jax.Array) -> jax.Array:
     """Zeros where nothing was written: a weight of zero does not silence a NaN."""
-    used_BN = jnp.arange(entries_BNW.shape[1]) < lengths_B[:, None]
-    return jnp.where(used_BN[..., None], entries_BNW, 0)
+    return jnp.where((held_BN >= 0)[..., None], entries_BNW, 0)
 
 
-def _softmax(scores_BHQN: jax.Array, positions_BQ: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    entry_N = jnp.arange(scores_BHQN.shape[-1])
-    seen_BQN = (entry_N <= positions_BQ[..., None]) & (entry_N < lengths_B[:, None, None])
+def cached_softmax(scores_BHQN: jax.Array, positions_BQ: jax.Array, held_BN: jax.Array,
+                   window: int | None) -> jax.Array:
+    """Softmax over the entries that each query sees."""
+    seen_BQN = (held_BN >= 0)[:, None] & sees(positions_BQ[..., None], held_BN[:, None], window)
     # The lowest number, not -inf: a query that sees nothing then averages instead of dividing zero by zero.
     lowest = jnp.finfo(scores_BHQN.dtype).min
     return jax.nn.softmax(jnp.where(seen_BQN[:, None], scores_BHQN, lowest), axis=-1)

@@ -1,4 +1,5 @@
-"""Rotary positions of the decoupled query and key, with YaRN (paper 2, sections 2.1.1 and 4.3)."""
+"""Rotary positions with YaRN (paper 2, sections 2.1.1 and 4.3): of MLA's decoupled query and key, of all of a GQA
+head."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ def _rotation_index(rotations: float, dims: int, theta: float, context: int) -> 
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position for each of the qk_rope_head_dim/2 pairs, float64.
+    """Radians a position for each of the rotary_dim/2 pairs, float64.
 
     YaRN keeps frequencies that turn often within the original context, divides the slow ones by `factor`, and ramps
     linearly between.
     """
-    dims, theta, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    dims, theta, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
     base = theta ** (-np.arange(0, dims, 2) / dims)
     if scaling is None:
         return base
@@ -55,7 +56,7 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.A
     """Rotates adjacent pairs (2i, 2i+1), the layout of DeepSeek's own code and cache.
 
     Args:
-      x: [..., T, H, qk_rope_head_dim].
+      x: [..., T, H, rotary_dim].
       positions: int [..., T], broadcastable to x's leading dimensions.
 
     Returns:

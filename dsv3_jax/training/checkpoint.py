@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, RunConfig, to_json
+from dsv3_jax.config import ConfigError, ModelConfig, RunConfig, to_json
 from dsv3_jax.training.schedule import Position
 from dsv3_jax.training.state import TrainState, abstract_state
 
@@ -25,8 +25,13 @@ _FREE = ("mesh.", "report.", "checkpoint.", "distributed.", "steps", "recompute"
 
 
 def differing_fields(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """'field: saved value -> new value' for every setting that makes `config` another run than `saved`."""
-    old, new = _flatten(saved), _flatten(dataclasses.asdict(config))
+    """'field: saved value -> new value' for every setting that makes `config` another run than `saved`.
+
+    What `saved` does not name of the model it was written before; it has the default.
+    """
+    defaults = {f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)
+                if field.default is not dataclasses.MISSING}
+    old, new = {**defaults, **_flatten(saved)}, _flatten(dataclasses.asdict(config))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name) and not name.startswith(_FREE)]
 

@@ -17,7 +17,7 @@ from dsv3_jax.presets import LAYOUTS, RUNS
 from dsv3_jax.training.state import split_model
 
 PATH = Path(__file__).with_name("shardings.txt")
-PODS = {"quickstart": "h100:1x8", "tiny": "h100:2x4"}
+PODS = {**dict.fromkeys(("quickstart", "quickstart_gqa", "quickstart_mqa"), "h100:1x8"), "tiny": "h100:2x4"}
 OTHERWISE = "h100:8x8"
 
 
