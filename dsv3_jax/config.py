@@ -117,7 +117,7 @@ class ModelConfig:
     initializer_range: float = 0.006
     attention: Attention = "mla"
     """mla: keys and values from a cached latent (paper 2, section 2.1.1). gqa, mqa: heads of keys and values that
-    groups of query heads, or all of them, share (paper 1, section 2.1.2); they ignore lora ranks and MLA's head widths."""
+    groups of query heads, or all of them, share (paper 1, section 2.1.2); they ignore MLA's ranks and widths."""
     num_key_value_heads: int | None = None
     """Heads of keys and values of gqa; as many as query heads is multi-head attention. mqa has one."""
     head_dim: int | None = None

@@ -14,6 +14,7 @@ import tyro
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, check_expert_layout
+from dsv3_jax.inference.cache import CacheFormat
 from dsv3_jax.inference.generate import Generator, Weights
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.interop.convert import open_store
@@ -83,6 +84,8 @@ class GeneratorOptions(FolderOptions):
 
     speculative: bool = False
     """Draft tokens with the multi-token-prediction modules and verify several at once."""
+    cache: CacheFormat | None = None
+    """Format of the cache: bf16, float32, float8 or int8; default the run's precision."""
 
 
 def load_for_inference(options: FolderOptions) -> Loaded:
@@ -120,6 +123,6 @@ def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Genera
     """The folder's model and tokenizer, and a generator with its weights prepared."""
     tokenizer = tokenizer_in(options.folder)
     loaded = load_for_inference(options)
-    generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, speculative=options.speculative,
-                          spread=options.mesh.zero == "full")
+    generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
+                          speculative=options.speculative, spread=options.mesh.zero == "full")
     return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)

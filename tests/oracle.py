@@ -35,9 +35,14 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def rotated_width(config: ModelConfig) -> int:
+    """MLA rotates a part of its own of each head, the others rotate the head."""
+    return config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
+
+
 def yarn_range(config: ModelConfig) -> tuple[int, int]:
     """Indices of the frequency pairs between which YaRN ramps from kept (low) to interpolated (high)."""
-    scaling, width = config.rope_scaling, config.qk_rope_head_dim
+    scaling, width = config.rope_scaling, rotated_width(config)
     length = scaling.original_max_position_embeddings
     # Pair i turns n = theta^(-2i/width) * length / (2 pi) times in the original context; solved for i.
     fast, slow = (width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -47,7 +52,7 @@ def yarn_range(config: ModelConfig) -> tuple[int, int]:
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each pair, [R/2]: theta^(-2i/R), slowed down by YaRN where `rope_scaling` is set."""
-    width = config.qk_rope_head_dim
+    width = rotated_width(config)
     frequencies = [config.rope_theta ** (-2.0 * i / width) for i in range(width // 2)]
     if config.rope_scaling is None:
         return np.array(frequencies)
@@ -74,7 +79,8 @@ def apply_rope(config: ModelConfig, x_TR: np.ndarray, positions_T: np.ndarray) -
 
 def softmax_scale(config: ModelConfig) -> float:
     """1/sqrt(d_h + d_h^R) (paper 2, equation 10), times YaRN's temperature wherever `rope_scaling` is set."""
-    scale = 1.0 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
+    scale = 1.0 / math.sqrt(width)
     if config.rope_scaling is not None:
         scale *= yarn_magnitude(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
     return scale
@@ -101,9 +107,31 @@ def mla(config: ModelConfig, w: Weights, prefix: str, x_TD: np.ndarray) -> np.nd
         query_rope_TR = apply_rope(config, query[:, head, nope:], positions_T)
         output = np.zeros((tokens, v_dim))
         for t in range(tokens):
-            seen = slice(0, t + 1)
+            seen = seen_from(config, t)
             logits = keys_values[seen, head, :nope] @ query[t, head, :nope] + shared_key_TR[seen] @ query_rope_TR[t]
             output[t] = softmax(logits * softmax_scale(config)) @ keys_values[seen, head, nope:]
+        heads.append(output)
+    return np.concatenate(heads, axis=-1) @ w[f"{prefix}.o_proj.weight"]
+
+
+def seen_from(config: ModelConfig, t: int) -> slice:
+    """The positions that token t attends to."""
+    return slice(0 if config.attention_window is None else max(0, t - config.attention_window + 1), t + 1)
+
+
+def gqa(config: ModelConfig, w: Weights, prefix: str, x_TD: np.ndarray) -> np.ndarray:
+    """Causal attention of one sequence whose query heads share keys and values in equal groups (arXiv 2305.13245)."""
+    shared = 1 if config.attention == "mqa" else config.num_key_value_heads
+    tokens, width = len(x_TD), config.head_dim
+    query, key, value = ((x_TD @ w[f"{prefix}.{name}_proj.weight"]).reshape(tokens, -1, width) for name in "qkv")
+    heads = []
+    for head in range(config.num_attention_heads):
+        group = head * shared // config.num_attention_heads
+        query_TA, key_TA = (apply_rope(config, x, np.arange(tokens)) for x in (query[:, head], key[:, group]))
+        output = np.zeros((tokens, width))
+        for t in range(tokens):
+            seen = seen_from(config, t)
+            output[t] = softmax(key_TA[seen] @ query_TA[t] * softmax_scale(config)) @ value[seen, group]
         heads.append(output)
     return np.concatenate(heads, axis=-1) @ w[f"{prefix}.o_proj.weight"]
 
@@ -186,7 +214,8 @@ def sequence_balance_loss(config: ModelConfig, scores_BTE: np.ndarray) -> float:
 def block(config: ModelConfig, w: Weights, prefix: str, x_TD: np.ndarray) -> np.ndarray:
     """One pre-norm layer: attention, then experts where the layer has a router, else a dense feed-forward."""
     normed = rms_norm(x_TD, w[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
-    x_TD = x_TD + mla(config, w, f"{prefix}.self_attn", normed)
+    attention = mla if config.attention == "mla" else gqa
+    x_TD = x_TD + attention(config, w, f"{prefix}.self_attn", normed)
     normed = rms_norm(x_TD, w[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
     if f"{prefix}.mlp.gate.weight" in w:
         return x_TD + moe(config, w, f"{prefix}.mlp", normed)
@@ -250,7 +279,12 @@ def layer_shapes(config: ModelConfig, prefix: str, dense: bool) -> dict[str, tup
               "self_attn.kv_a_layernorm.weight": (c.kv_lora_rank,),
               "self_attn.kv_b_proj.weight": (c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim)),
               "self_attn.o_proj.weight": (heads * c.v_head_dim, hidden)}
-    if c.q_lora_rank is None:
+    if c.attention != "mla":
+        shared = (1 if c.attention == "mqa" else c.num_key_value_heads) * c.head_dim
+        shapes = {name: shape for name, shape in shapes.items() if "self_attn" not in name}
+        shapes |= {"self_attn.q_proj.weight": (hidden, heads * c.head_dim), "self_attn.k_proj.weight": (hidden, shared),
+                   "self_attn.v_proj.weight": (hidden, shared), "self_attn.o_proj.weight": (heads * c.head_dim, hidden)}
+    elif c.q_lora_rank is None:
         shapes["self_attn.q_proj.weight"] = (hidden, query)
     else:
         shapes |= {"self_attn.q_a_proj.weight": (hidden, c.q_lora_rank),

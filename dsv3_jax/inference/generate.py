@@ -57,7 +57,7 @@ class Generator:
       mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up: a decoding step has no sequence to
         share.
       precision: of weights and activations.
-      cache: format of the latent cache; None: that of `precision`.
+      cache: format of the cache (`LatentCache.empty`); None: that of `precision`.
       speculative: whether to draft with the multi-token-prediction modules.
       spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
 

@@ -10,6 +10,7 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.presets import MODELS, RUNS
+from dsv3_jax.training.checkpoint import differing_fields
 
 TINY = RUNS["tiny"]
 
@@ -35,6 +36,14 @@ BAD = {
     "top-k": (_model(num_experts_per_tok=9), ["num_experts_per_tok (9)", "2*16/4=8"]),
     "lone expert in a group": (_model(n_group=16, topk_group=8), ["n_group (16)"]),
     "greedy with groups": (_model(topk_method="greedy"), ["topk_method", "n_group (4)"]),
+    "attention of no kind": (_model(attention="full"), ["attention (full)", "mla, gqa, mqa"]),
+    "groups of heads": (_model(attention="gqa", num_key_value_heads=3), ["num_key_value_heads (3)", "heads (2)"]),
+    "gqa without groups": (_model(attention="gqa"), ["num_key_value_heads (None)", "1..2"]),
+    "mqa with groups": (_model(attention="mqa", num_key_value_heads=2), ["num_key_value_heads (2)", "choose gqa"]),
+    "mla with groups": (_model(num_key_value_heads=2), ["num_key_value_heads (2)", "attention (mla)"]),
+    "mla with a head's width": (_model(head_dim=16), ["head_dim (16)", "attention (mla)"]),
+    "odd head": (_model(attention="mqa", head_dim=7), ["head_dim (7)", "even"]),
+    "no window": (_model(attention_window=0), ["attention_window (0)", "at least 1"]),
     "odd rope": (_model(qk_rope_head_dim=7), ["qk_rope_head_dim (7)"]),
     "no heads": (_model(num_attention_heads=0), ["num_attention_heads (0)"]),
     "zero latent": (_model(q_lora_rank=0), ["q_lora_rank (0)"]),
@@ -70,6 +79,16 @@ def test_presets_survive_json(name):
 
 def test_v3_preset_has_its_node_limit():
     assert (MODELS["deepseek_v3"].n_group, MODELS["deepseek_v3"].topk_group) == (8, 4)
+
+
+def test_run_folder_of_before_other_attention_is_of_the_same_run():
+    values = json.loads(c.to_json(TINY))
+    for name in ("attention", "num_key_value_heads", "head_dim", "attention_window"):
+        del values["model"][name]
+    assert c.run_from_dict(values) == TINY
+    assert differing_fields(values, TINY) == []
+    other = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, attention="mqa"))
+    assert differing_fields(values, other) == ["model.attention: mla -> mqa"]
 
 
 def test_run_folder_of_before_capacity_factor_and_context_loads():

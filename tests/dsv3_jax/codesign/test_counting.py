@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dsv3_jax.codesign.counting import count_parameters, training_flops_per_token
@@ -36,3 +38,24 @@ def test_family_matches_its_model_cards(preset, total, activated):
 @pytest.mark.parametrize(("preset", "gflop"), [("deepseek_v3", 250), ("deepseek_v2", 155)])
 def test_flops_per_token_of_paper_1_table_2(preset, gflop):
     assert training_flops_per_token(MODELS[preset], 4096, mtp=False) / 1e9 == pytest.approx(gflop, rel=0.003)
+
+
+GQA = dataclasses.replace(MODELS["quickstart_gqa"], num_nextn_predict_layers=0)
+
+
+def test_attention_of_groups_by_hand():
+    """Hidden 128; four heads of 32 make 128, two shared ones 64, one 32; no biases and no norms; three layers."""
+    assert count_parameters(GQA).by_part["attention"] == 3 * (128 * 128 + 2 * 128 * 64 + 128 * 128)
+    mqa = dataclasses.replace(MODELS["quickstart_mqa"], num_nextn_predict_layers=0)
+    assert count_parameters(mqa).by_part["attention"] == 3 * (128 * 128 + 2 * 128 * 32 + 128 * 128)
+
+
+@pytest.mark.parametrize(("window", "keys"), [(None, 64), (128, 64), (500, 64), (1, 1 - 1 / 256), (32, 32 - 4)])
+def test_attention_flops_by_hand(window, keys):
+    """Of 128 tokens; forward and backward of scores and of values, 2 FLOPs a product, 128 wide over all heads. A window
+    of W takes W keys less the triangle W^2/2 over 128 tokens (as T/2 counts the whole triangle, half the diagonal)."""
+    config = dataclasses.replace(GQA, attention_window=window)
+    flops = training_flops_per_token(config, 128) - 6 * count_parameters(config).activated_without_embedding
+    assert flops == 3 * 3 * 2 * (128 + 128) * keys
+    square = training_flops_per_token(config, 128, causal=False) - training_flops_per_token(config, 128)
+    assert square == 3 * 3 * 2 * (128 + 128) * (min(window or 128, 128) - keys)

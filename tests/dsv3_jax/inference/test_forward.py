@@ -24,7 +24,12 @@ V2_STYLE = dataclasses.replace(
     topk_group=1, n_shared_experts=2, q_lora_rank=None, num_nextn_predict_layers=0,
     rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=16))
 LONG_STACK = dataclasses.replace(TINY, num_hidden_layers=7, first_k_dense_replace=1, num_nextn_predict_layers=0)
-CONFIGS = {"v3": TINY, "v2, yarn, no query compression": V2_STYLE, "scanned stack": LONG_STACK}
+SHORT = dataclasses.replace(TINY, num_hidden_layers=2, num_nextn_predict_layers=0)
+CONFIGS = {"v3": TINY, "v2, yarn, no query compression": V2_STYLE, "scanned stack": LONG_STACK,
+           # Chunks of 4 in a ring of 3 or 5 entries, and prompts of 12.
+           "latent, window": dataclasses.replace(SHORT, attention_window=3),
+           "gqa": dataclasses.replace(SHORT, attention="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+           "mqa, window": dataclasses.replace(SHORT, attention="mqa", head_dim=16, attention_window=5)}
 LENGTH = 12
 """Of every prompt's array and every cache, so that few programs are compiled."""
 
@@ -70,6 +75,7 @@ def test_decode_equals_teacher_forcing_however_the_text_is_cut(name, lists):
     config, model, tokens, teacher = _case(name)
     model = unstacked(model) if lists else model
     whole, cache = _prefill(model, tokens, np.full(4, LENGTH, np.int32), _nan_cache(config))
+    assert cache.capacity == (config.attention_window or LENGTH)
     _close(whole, teacher)
     np.testing.assert_array_equal(cache.lengths_B, [LENGTH] * 4)
 

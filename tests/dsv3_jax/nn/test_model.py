@@ -27,6 +27,10 @@ VARIANTS = {
     "no prediction, all experts": {"num_nextn_predict_layers": 0, "first_k_dense_replace": 0},
     "three shared experts, one group": {"n_shared_experts": 3, "n_group": 1, "topk_group": 1},
     "no shared expert, eight groups": {"n_shared_experts": 0, "n_group": 8, "topk_group": 3},
+    "gqa": {"attention": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12},
+    "mqa, yarn, window": {"attention": "mqa", "head_dim": 16, "attention_window": 4,
+                          "rope_scaling": RopeScaling(factor=8.0, original_max_position_embeddings=16)},
+    "window": {"attention_window": 5},
     "v2 greedy": {**V2_STYLE, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
     "v2 groups": {**V2_STYLE, "topk_method": "group_limited_greedy", "masked_group_score": "0"},
 }
