@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import tyro
@@ -56,18 +55,27 @@ def grouped(layers: int, kv_heads: int, model: ModelConfig = V3) -> ModelConfig:
                                head_dim=128)
 
 
-def choices() -> Iterator[tuple[str, ModelConfig, CacheFormat, float | None, float | None]]:
-    """Name, model and format, and KB a token and multiple of V3's as paper 1's table 1 prints them."""
-    yield "DeepSeek-V3, MLA", V3, "bf16", 70.272, 1.0
-    yield "DeepSeek-V3, MLA", V3, "float8", None, None
-    yield "DeepSeek-V3, MLA", V3, "int8", None, None
-    yield f"DeepSeek-V3, MLA, window of {WINDOW} in {TEXT}", dataclasses.replace(V3, attention_window=WINDOW), "bf16", None, None
-    yield "DeepSeek-V3 with MQA", grouped(61, 1), "bf16", None, None
-    for kind in ("bf16", "float8"):
-        yield "DeepSeek-V3 with GQA, 8 heads", grouped(61, 8), kind, None, None  # type: ignore[misc]
-    yield "DeepSeek-V3 with all 128 heads", grouped(61, 128), "bf16", None, None
-    yield "Qwen-2.5 72B, GQA", grouped(80, 8), "bf16", 327.680, 4.66
-    yield "LLaMA-3.1 405B, GQA", grouped(126, 8), "bf16", 516.096, 7.28
+class Choice(NamedTuple):
+    """A line of the first table."""
+
+    name: str
+    model: ModelConfig
+    cache: CacheFormat = "bf16"
+    paper_kb: float | None = None
+    """KB a token, as paper 1's table 1 prints it."""
+    paper_multiple: float | None = None
+
+
+def choices() -> list[Choice]:
+    """All lines; the others are compared with the first."""
+    eight_heads, windowed = grouped(61, 8), dataclasses.replace(V3, attention_window=WINDOW)
+    return [Choice("DeepSeek-V3, MLA", V3, "bf16", 70.272, 1.0), Choice("DeepSeek-V3, MLA", V3, "float8"),
+            Choice("DeepSeek-V3, MLA", V3, "int8"), Choice(f"DeepSeek-V3, MLA, window {WINDOW} of {TEXT}", windowed),
+            Choice("DeepSeek-V3 with MQA", grouped(61, 1)), Choice("DeepSeek-V3 with GQA, 8 heads", eight_heads),
+            Choice("DeepSeek-V3 with GQA, 8 heads", eight_heads, "float8"),
+            Choice("DeepSeek-V3 with all 128 heads", grouped(61, 128)),
+            Choice("Qwen-2.5 72B, GQA", grouped(80, 8), "bf16", 327.680, 4.66),
+            Choice("LLaMA-3.1 405B, GQA", grouped(126, 8), "bf16", 516.096, 7.28)]
 
 
 def allocated_bytes_per_token(config: ModelConfig, kind: CacheFormat) -> float:
@@ -79,9 +87,12 @@ def allocated_bytes_per_token(config: ModelConfig, kind: CacheFormat) -> float:
 
 def sizes() -> list[dict[str, Any]]:
     """Every choice's bytes, measured, and as the paper has them."""
-    rows = [{"name": name, "cache": kind, "bytes_per_token": allocated_bytes_per_token(config, kind),
-             "bytes_per_entry": allocated_bytes_per_token(config, kind) / config.num_hidden_layers,
-             "paper_kb": kb, "paper_multiple": multiple} for name, config, kind, kb, multiple in choices()]
+    rows = []
+    for choice in choices():
+        size = allocated_bytes_per_token(choice.model, choice.cache)
+        rows.append({"name": choice.name, "cache": choice.cache, "bytes_per_token": size,
+                     "bytes_per_layer": size / choice.model.num_hidden_layers, "paper_kb": choice.paper_kb,
+                     "paper_multiple": choice.paper_multiple})
     return [{**row, "multiple": row["bytes_per_token"] / rows[0]["bytes_per_token"]} for row in rows]
 
 
@@ -95,10 +106,11 @@ def quality(folder: Path, arguments: Arguments) -> list[dict[str, Any]]:
     if not split.text_bytes:
         raise ConfigError(f"--quality {folder}: the run holds no text out; train with data.validation_share above 0")
     trained, layout = config.model.attention_window, entry_layout(config.model)
-    tries = [(kind, CacheChoice(kind, trained)) for kind in ("float32", "bf16", "float8", "int8")]  # type: ignore[arg-type]
+    formats: tuple[CacheFormat, ...] = ("float32", "bf16", "float8", "int8")
+    tries = [(str(kind), CacheChoice(kind, trained)) for kind in formats]
     if layout.plain:
         whole = EntryLayout((*layout.parts, layout.plain))
-        tries += [(f"{kind}, rotary key too", CacheChoice(kind, trained, whole)) for kind in ("float8", "int8")]  # type: ignore[arg-type]
+        tries += [(f"{kind}, rotary key too", CacheChoice(kind, trained, whole)) for kind in formats[2:]]
     tries += [(f"float32, window {window}", CacheChoice("float32", window)) for window in arguments.windows
               if window < min(config.batch.sequence_length, trained or config.batch.sequence_length)]
     rows = [{"run": folder.name, "attention": config.model.attention, "choice": name, "source": loaded.source,
@@ -114,11 +126,12 @@ def as_markdown(result: dict[str, Any]) -> str:
     for row in result["sizes"]:
         kb, multiple = ("" if value is None else f"{value:g}{unit}" for value, unit in
                         ((row["paper_kb"], ""), (row["paper_multiple"], "x")))
-        lines.append(f"| {row['name']} | {row['cache']} | {row['bytes_per_token']:,.0f} | {kb} | {row['multiple']:.2f}x | "
-                     f"{multiple} | {row['bytes_per_entry']:,.0f} |")
+        lines.append(f"| {row['name']} | {row['cache']} | {row['bytes_per_token']:,.0f} | {kb} | "
+                     f"{row['multiple']:.2f}x | {multiple} | {row['bytes_per_layer']:,.0f} |")
     lines += ["", "KB is 1000 bytes. Paper 1 prints 7.28x for LLaMA-3.1; its own numbers give 7.34x."]
     if result["quality"]:
-        lines += ["", "| run | attention | read through | bytes a token | bits per byte | more |", "|---|---|---|---:|---:|---:|"]
+        lines += ["", "| run | attention | read through | bytes a token | bits per byte | more |",
+                  "|---|---|---|---:|---:|---:|"]
         lines += [f"| {row['run']} | {row['attention']} | {row['choice']} | {row['bytes_per_token']:,.0f} | "
                   f"{row['bits_per_byte']:.4f} | {row['more']:+.4f} |" for row in result["quality"]]
     return "\n".join(lines) + "\n"

@@ -64,7 +64,8 @@ def cached_quality(config: RunConfig, params: nnx.State, router_bias: nnx.State,
         def step(cache: LatentCache, xs: tuple[jax.Array, ...]) -> tuple[LatentCache, jax.Array]:
             inputs, targets, weights = xs
             out = decode(model, inputs, cache, execution=config.execution)
-            return out.cache, jnp.sum(negative_log_likelihood(gathered(model.lm_head), out.hidden_BQD, targets) * weights)
+            nll = negative_log_likelihood(gathered(model.lm_head), out.hidden_BQD, targets)
+            return out.cache, jnp.sum(nll * weights)
         pieces = [x.reshape(ROWS, -1, chunk).swapaxes(0, 1) for x in (tokens[:, :-1], tokens[:, 1:], weights)]
         return jnp.sum(jax.lax.scan(step, cache, tuple(pieces))[1])
     program, total = jax.jit(total_nll), 0.0
@@ -72,7 +73,8 @@ def cached_quality(config: RunConfig, params: nnx.State, router_bias: nnx.State,
     with jax.set_mesh(mesh):
         cache = empty()
         for start in range(0, len(inputs), ROWS):
-            batch = [np.pad(x[start:start + ROWS], ((0, max(0, start + ROWS - len(x))), (0, 0))) for x in (inputs, weights)]
+            missing = max(0, start + ROWS - len(inputs))
+            batch = [np.pad(x[start:start + ROWS], ((0, missing), (0, 0))) for x in (inputs, weights)]
             total += float(program(params, router_bias, cache, *batch))
     held = sum(x.nbytes for x in jax.tree.leaves(cache.storage))
     result = {"loss": total / float(weights.sum()), "bytes_per_token": held / (ROWS * length)}

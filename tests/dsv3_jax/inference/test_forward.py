@@ -28,7 +28,8 @@ SHORT = dataclasses.replace(TINY, num_hidden_layers=2, num_nextn_predict_layers=
 CONFIGS = {"v3": TINY, "v2, yarn, no query compression": V2_STYLE, "scanned stack": LONG_STACK,
            # Chunks of 4 in a ring of 3 or 5 entries, and prompts of 12.
            "latent, window": dataclasses.replace(SHORT, attention_window=3),
-           "gqa": dataclasses.replace(SHORT, attention="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+           "gqa": dataclasses.replace(SHORT, attention="gqa", num_attention_heads=4, num_key_value_heads=2,
+                                      head_dim=12),
            "mqa, window": dataclasses.replace(SHORT, attention="mqa", head_dim=16, attention_window=5)}
 LENGTH = 12
 """Of every prompt's array and every cache, so that few programs are compiled."""

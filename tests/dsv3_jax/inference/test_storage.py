@@ -17,6 +17,8 @@ from dsv3_jax.inference.forward import Span
 from dsv3_jax.inference.storage import EntryLayout, QuantizedStorage, dequantize, quantize
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.block import make_attention
+from dsv3_jax.nn.cached_attention import absorbed_attention
+from dsv3_jax.nn.grouped_query_attention import cached_grouped_attention
 from dsv3_jax.presets import MODELS
 
 V3 = MODELS["deepseek_v3"]
@@ -97,6 +99,11 @@ def _empty(config, kind, entries):
     return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype != jnp.int8 else x, storage)
 
 
+@jax.jit
+def _step(attention, hidden, positions, lengths, storage):
+    return attend(attention, hidden, Span(positions, positions < lengths[:, None], lengths, fresh=False), storage, 1)
+
+
 def _run(attention, hidden, storage, widths):
     """Decodes `hidden` in chunks: rows of odd number have their last chunk padded by one token."""
     outs, start = [], 0
@@ -105,8 +112,7 @@ def _run(attention, hidden, storage, widths):
         lengths = jnp.full(ROWS, start + width)
         if start + width == TOKENS:
             lengths -= jnp.arange(ROWS) % 2
-        span = Span(positions, positions < lengths[:, None], lengths, fresh=False)
-        out, storage = attend(attention, hidden[:, start:start + width], span, storage, 1)
+        out, storage = _step(attention, hidden[:, start:start + width], positions, lengths, storage)
         outs.append(out)
         start += width
     return jnp.concatenate(outs, axis=1), storage
@@ -123,11 +129,10 @@ def _case(name):
 def test_a_ring_equals_a_cache_that_keeps_everything(name, kind):
     """Float32 sums in another order, of the same stored values; however the tokens are cut into chunks."""
     config, attention, hidden = _case(name)
-    run = jax.jit(_run, static_argnums=3)
-    want, _ = run(attention, hidden, _empty(config, kind, TOKENS), (1,) * TOKENS)
+    want, _ = _run(attention, hidden, _empty(config, kind, TOKENS), (5, 6))
     real = np.arange(TOKENS) < TOKENS - (np.arange(ROWS) % 2)[:, None]
     for widths in ((1,) * TOKENS, (5, 2, 4)):
-        got, storage = run(attention, hidden, _empty(config, kind, WINDOW), widths)
+        got, storage = _run(attention, hidden, _empty(config, kind, WINDOW), widths)
         assert np.isfinite(got).all()
         np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5 * np.abs(want[real]).max())
         assert storage.capacity == WINDOW
@@ -139,32 +144,25 @@ def test_attention_to_quantized_entries_is_exact_attention_to_rounded_ones(name)
     config, attention, hidden = _case(name)
     config = dataclasses.replace(config, attention_window=None)
     attention = make_attention(config, nnx.Rngs(0))
-    exact, rounded = _empty(config, "float32", TOKENS), _empty(config, "float8", TOKENS)
-    run = jax.jit(_run, static_argnums=3)
-    _, kept = run(attention, hidden, exact, (TOKENS,))
-    got, _ = run(attention, hidden, rounded, (TOKENS,))
-
-    class Rounding:
-        """The float32 cache, with each entry rounded as it is read."""
-        capacity = TOKENS
-
-        def write(self, *_):
-            return self
-
-        def read(self, layer, dtype):
-            return rounded.rounded(jnp.nan_to_num(kept.read(layer, dtype)))
-    span_out, _ = _run(attention, hidden, Rounding(), (TOKENS,))
-    real = np.arange(TOKENS) < TOKENS - (np.arange(ROWS) % 2)[:, None]
-    np.testing.assert_allclose(got[real], span_out[real], rtol=0, atol=1e-5 * np.abs(span_out[real]).max())
-    plain, _ = run(attention, hidden, exact, (TOKENS,))
+    rounded = _empty(config, "float8", TOKENS)
+    plain, kept = _run(attention, hidden, _empty(config, "float32", TOKENS), (TOKENS,))
+    got, _ = _run(attention, hidden, rounded, (TOKENS,))
+    entries = rounded.rounded(jnp.nan_to_num(kept.values_LBNW[1]))
+    positions, lengths = np.broadcast_to(np.arange(TOKENS), (ROWS, TOKENS)), TOKENS - np.arange(ROWS) % 2
+    if name == "mla":
+        want = absorbed_attention(attention, *attention.query(hidden, positions), entries, positions, lengths)
+    else:
+        want = cached_grouped_attention(config, attention.query(hidden, positions), entries, positions, lengths)
+    real = positions < lengths[:, None]
+    np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5 * np.abs(want[real]).max())
     assert np.abs(plain - got)[real].max() > 1e-3 * np.abs(plain[real]).max(), "nothing was rounded"
 
 
 def test_eight_devices_equal_one_with_a_ring_in_eight_bits(eight_devices):
     config, attention, hidden = _case("gqa")
-    want, _ = jax.jit(_run, static_argnums=3)(attention, hidden, _empty(config, "float8", WINDOW), (5, 2, 4))
+    want, _ = _run(attention, hidden, _empty(config, "float8", WINDOW), (5, 6))
     with jax.set_mesh(make_mesh(MeshConfig(scale_out=2, scale_up=4))):
-        got, storage = jax.jit(lambda m, x: _run(m, x, _empty(config, "float8", WINDOW), (5, 2, 4)))(attention, hidden)
+        got, storage = jax.jit(lambda m, x: _run(m, x, _empty(config, "float8", WINDOW), (5, 6)))(attention, hidden)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     for x in jax.tree.leaves(storage):
         assert x.sharding.shard_shape(x.shape)[1] == 1
