@@ -26,7 +26,7 @@ from dsv3_jax.presets import MODELS
 from dsv3_jax.training.evaluate_cached import CacheChoice, cached_quality
 from dsv3_jax.training.tokens import prepare
 from experiments.command_line import finish, standard_output_for_json
-from experiments.inference_options import load_for_inference
+from experiments.inference_options import FolderOptions, load_for_inference
 
 V3 = MODELS["deepseek_v3"]
 TEXT, WINDOW = 512, 64
@@ -99,7 +99,7 @@ def sizes() -> list[dict[str, Any]]:
 def quality(folder: Path, arguments: Arguments) -> list[dict[str, Any]]:
     """One run's held-out text through each format, then through each window; the first line is what others are
     compared with."""
-    loaded = load_for_inference(folder, arguments.step)
+    loaded = load_for_inference(FolderOptions(folder, arguments.step))
     config = dataclasses.replace(run_from_dict(json.loads((folder / "config.json").read_text())),
                                  mesh=MeshConfig(data=1))
     split = prepare(config.data, config.model.vocab_size, config.seed).validation

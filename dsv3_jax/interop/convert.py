@@ -74,7 +74,7 @@ def convert(store: Store, target: Path, kind: Kind, fmt: Format | Literal["same"
       ConfigError: `target` exists, or a tensor is missing, extra, misshapen, unreadable or not finite. Nothing is left
         behind then.
     """
-    found = store.format()
+    found, published = store.format(), store.published()
     fmt = found if fmt == "same" else fmt
     specs = _targets(store, found, fmt)
     tensors = {spec.name: (spec.shape, spec.dtype) for spec in specs}
@@ -94,7 +94,7 @@ def convert(store: Store, target: Path, kind: Kind, fmt: Format | Literal["same"
                 done += 2 if fmt == "float8" != found and spec.dtype == E4M3 else 1
             writer.finish()
         progress(Progress(len(specs), len(specs), size, total))
-        values = store.values if fmt == found else with_format(store.values, fmt)
+        values = published if fmt == found else with_format(published, fmt)
         (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in store.companions:
             shutil.copyfile(path, folder / path.name)

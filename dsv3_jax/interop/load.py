@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.interop.names import TensorSpec, published_tensors
-from dsv3_jax.interop.published_config import published_from_model
 from dsv3_jax.interop.store import Bounds, Store, row_blocks
 from dsv3_jax.interop.tree import TreeStore
 from dsv3_jax.mesh import shardings
@@ -154,7 +153,7 @@ class LiveWeights(TreeStore):
             if not value.is_fully_addressable:
                 raise ConfigError(f"parameter {path} is spread over several processes: save a checkpoint, and convert "
                                   "the run folder with experiments/convert_checkpoint.py")
-        self.values = published_from_model(config, "float32", bos, eos)
+        self.bos, self.eos = bos, eos
         self._offer()
 
     def _leaf(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:

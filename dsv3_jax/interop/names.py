@@ -9,7 +9,7 @@ and up projections side by side.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -61,6 +61,10 @@ class TensorSpec(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
+_Named = tuple[TensorSpec, bool]
+"""A tensor, and whether the float8 format holds it in float8."""
+
+
 @functools.lru_cache(maxsize=8)
 def published_tensors(config: ModelConfig, fmt: Format) -> tuple[TensorSpec, ...]:
     """Every published tensor of `config` in `fmt`: embedding, layers, final norm, head, prediction modules; a float8
@@ -77,8 +81,7 @@ def published_tensors(config: ModelConfig, fmt: Format) -> tuple[TensorSpec, ...
     return tuple(specs)
 
 
-def _weights(c: ModelConfig) -> Iterator[tuple[TensorSpec, bool]]:
-    """Each tensor, and whether the float8 format holds it in float8."""
+def _weights(c: ModelConfig) -> Iterator[_Named]:
     table = (c.vocab_size, c.hidden_size)
     gain = (c.hidden_size,)
     yield _plain("model.embed_tokens.weight", table, Place("embed_tokens/weight"))
@@ -101,37 +104,34 @@ def _weights(c: ModelConfig) -> Iterator[tuple[TensorSpec, bool]]:
 
 
 def _plain(name: str, shape: tuple[int, ...], place: Place,
-           copy_of: str | None = None) -> tuple[TensorSpec, bool]:
+           copy_of: str | None = None) -> _Named:
     return TensorSpec(name, shape, FLOAT32, place, copy_of=copy_of), False
 
 
 def _block(c: ModelConfig, prefix: str, path: str, index: tuple[int, ...],
-           dense: bool) -> Iterator[tuple[TensorSpec, bool]]:
+           dense: bool) -> Iterator[_Named]:
     """One layer; `path` and `index` say where ours is."""
-    def linear(name: str, width_in: int, width_out: int) -> tuple[TensorSpec, bool]:
+    def linear(name: str, width_in: int, width_out: int) -> _Named:
         place = Place(f"{path}/{name.replace('.', '/')}/weight", index, transposed=True)
         return TensorSpec(f"{prefix}.{name}.weight", (width_out, width_in), FLOAT32, place), True
 
-    def norm(name: str, width: int) -> tuple[TensorSpec, bool]:
+    def norm(name: str, width: int) -> _Named:
         return _plain(f"{prefix}.{name}.weight", (width,), Place(f"{path}/{name.replace('.', '/')}/weight", index))
 
-    def feed_forward(name: str, inner: int) -> Iterator[tuple[TensorSpec, bool]]:
+    def feed_forward(name: str, inner: int) -> Iterator[_Named]:
         yield linear(f"{name}.gate_proj", c.hidden_size, inner)
         yield linear(f"{name}.up_proj", c.hidden_size, inner)
         yield linear(f"{name}.down_proj", inner, c.hidden_size)
 
     heads = c.num_attention_heads
     yield norm("input_layernorm", c.hidden_size)
-    if c.q_lora_rank is None:
-        yield linear("self_attn.q_proj", c.hidden_size, heads * c.qk_head_dim)
+    if c.attention != "mla":  # not published by DeepSeek; the names are those of other models of the kind
+        yield linear("self_attn.q_proj", c.hidden_size, heads * c.kv_head_dim)
+        yield linear("self_attn.k_proj", c.hidden_size, c.kv_heads * c.kv_head_dim)
+        yield linear("self_attn.v_proj", c.hidden_size, c.kv_heads * c.kv_head_dim)
+        yield linear("self_attn.o_proj", heads * c.kv_head_dim, c.hidden_size)
     else:
-        yield linear("self_attn.q_a_proj", c.hidden_size, c.q_lora_rank)
-        yield norm("self_attn.q_a_layernorm", c.q_lora_rank)
-        yield linear("self_attn.q_b_proj", c.q_lora_rank, heads * c.qk_head_dim)
-    yield linear("self_attn.kv_a_proj_with_mqa", c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
-    yield norm("self_attn.kv_a_layernorm", c.kv_lora_rank)
-    yield linear("self_attn.kv_b_proj", c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-    yield linear("self_attn.o_proj", heads * c.v_head_dim, c.hidden_size)
+        yield from _latent_attention(c, linear, norm)
     yield norm("post_attention_layernorm", c.hidden_size)
     if dense:
         yield from feed_forward("mlp", c.intermediate_size)
@@ -147,7 +147,22 @@ def _block(c: ModelConfig, prefix: str, path: str, index: tuple[int, ...],
         yield from feed_forward("mlp.shared_experts", c.n_shared_experts * c.moe_intermediate_size)
 
 
-def _experts(c: ModelConfig, prefix: str, path: str, index: tuple[int, ...]) -> Iterator[tuple[TensorSpec, bool]]:
+def _latent_attention(c: ModelConfig, linear: Callable[[str, int, int], _Named],
+                      norm: Callable[[str, int], _Named]) -> Iterator[_Named]:
+    heads = c.num_attention_heads
+    if c.q_lora_rank is None:
+        yield linear("self_attn.q_proj", c.hidden_size, heads * c.qk_head_dim)
+    else:
+        yield linear("self_attn.q_a_proj", c.hidden_size, c.q_lora_rank)
+        yield norm("self_attn.q_a_layernorm", c.q_lora_rank)
+        yield linear("self_attn.q_b_proj", c.q_lora_rank, heads * c.qk_head_dim)
+    yield linear("self_attn.kv_a_proj_with_mqa", c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+    yield norm("self_attn.kv_a_layernorm", c.kv_lora_rank)
+    yield linear("self_attn.kv_b_proj", c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+    yield linear("self_attn.o_proj", heads * c.v_head_dim, c.hidden_size)
+
+
+def _experts(c: ModelConfig, prefix: str, path: str, index: tuple[int, ...]) -> Iterator[_Named]:
     inner, width = c.moe_intermediate_size, c.hidden_size
     for expert in range(c.n_routed_experts):
         at = (*index, expert)

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore
@@ -35,14 +36,17 @@ class OrbaxWeights(Store):
     def __init__(self, folder: Path):
         """Raises `ConfigError` if config.json or the checkpoint is missing or damaged."""
         self.where = folder
-        self.values = read_json(folder / "config.json")
-        self.config = model_from_published(self.values, folder / "config.json")
+        self._published = read_json(folder / "config.json")
+        self.config = model_from_published(self._published, folder / "config.json")
         self.companions = companions_of(folder)
         if not (folder / ITEM / "_METADATA").is_file():
             raise ConfigError(f"{folder / ITEM / '_METADATA'} is missing: the checkpoint is not complete; write or "
                               "fetch it again")
         self._arrays = OrbaxArrays(folder / ITEM)
         self.tensors = self._arrays.arrays
+
+    def published(self) -> dict[str, Any]:
+        return self._published
 
     def _read(self, name: str, bounds: Bounds) -> np.ndarray:
         return self._arrays.read(name, bounds)

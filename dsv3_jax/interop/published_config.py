@@ -47,7 +47,8 @@ _FIXED = {
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
           "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
           "n_routed_experts", "num_experts_per_tok", "first_k_dense_replace", "max_position_embeddings")
-_OURS = ("masked_group_score", "mtp_hidden")
+_OURS = ("masked_group_score", "mtp_hidden", "latent_norm_eps")
+_UNPUBLISHED = ("attention", "num_key_value_heads", "head_dim", "attention_window")
 """Choices that published files leave to the code. Written under our names where not the default; others ignore them."""
 
 
@@ -87,7 +88,9 @@ def model_from_published(values: Mapping[str, Any], where: Any = "config.json") 
         routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
         aux_loss_alpha=read.number("aux_loss_alpha", 1e-4),
         num_nextn_predict_layers=read.integer("num_nextn_predict_layers", 0),
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6), initializer_range=read.number("initializer_range", 0.02),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        latent_norm_eps=read.number("latent_norm_eps", 1e-6),
+        initializer_range=read.number("initializer_range", 0.02),
         rope_theta=theta, rope_scaling=scaling,
         masked_group_score=read.one_of("masked_group_score", masked, ("-inf", "0")),
         mtp_hidden=read.one_of("mtp_hidden", "post_norm", ("pre_norm", "post_norm")))
@@ -158,6 +161,10 @@ def published_from_model(config: ModelConfig, fmt: Format, bos: int | None = Non
       ConfigError: no published architecture routes as `config` does.
     """
     c = config
+    for name, published in (("attention", "mla"), ("attention_window", None)):
+        if getattr(c, name) != published:
+            raise ConfigError(f"model.{name} ({getattr(c, name)}) is in no published architecture, so the model has no "
+                              "published format: keep the run folder")
     kind = next((kind for kind, one in ARCHITECTURES.items() if c.topk_method in one.topk_methods
                  and c.scoring_func == one.routing["scoring_func"]), None)
     if kind is None:
@@ -167,7 +174,7 @@ def published_from_model(config: ModelConfig, fmt: Format, bos: int | None = Non
     default = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     scaling = None if c.rope_scaling is None else {"type": "yarn", **dataclasses.asdict(c.rope_scaling)}
     values: dict[str, Any] = {"architectures": [ARCHITECTURES[kind].name], "model_type": kind}
-    values |= {name: value for name, value in dataclasses.asdict(c).items() if name not in _OURS}
+    values |= {name: value for name, value in dataclasses.asdict(c).items() if name not in (*_OURS, *_UNPUBLISHED)}
     values |= {"rope_scaling": scaling, "num_key_value_heads": c.num_attention_heads, "hidden_act": "silu",
                "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,
                "pretraining_tp": 1, "tie_word_embeddings": False, "use_cache": True,

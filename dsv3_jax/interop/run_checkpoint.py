@@ -11,7 +11,7 @@ import numpy as np
 from dsv3_jax.config import ConfigError, ModelConfig, model_from_dict
 from dsv3_jax.interop.names import TensorSpec
 from dsv3_jax.interop.orbax_files import OrbaxArrays
-from dsv3_jax.interop.published_config import published_from_model, read_json
+from dsv3_jax.interop.published_config import read_json
 from dsv3_jax.interop.store import Bounds
 from dsv3_jax.interop.tokenizer import Tokenizer
 from dsv3_jax.interop.tree import TreeStore
@@ -41,8 +41,7 @@ class RunCheckpoint(TreeStore):
         self._matrix: tuple[Any, np.ndarray] | None = None
         tokenizer = run_dir / "tokenizer.json"
         self.companions = (tokenizer,) if tokenizer.is_file() else ()
-        bos, eos = _ends(tokenizer)
-        self.values = published_from_model(self.config, "float32", bos, eos)
+        self.bos, self.eos = _ends(tokenizer)
         self._offer()
         for spec in self._specs.values():
             if self._name(spec) not in self._arrays.arrays:

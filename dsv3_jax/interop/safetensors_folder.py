@@ -39,8 +39,8 @@ class SafetensorsFolder(Store):
     def __init__(self, folder: Path):
         """Raises `ConfigError` for a missing, truncated or malformed file; names it, and the tensor if it is one's."""
         self.where = folder
-        self.values = read_json(folder / "config.json")
-        self.config = model_from_published(self.values, folder / "config.json")
+        self._published = read_json(folder / "config.json")
+        self.config = model_from_published(self._published, folder / "config.json")
         self.companions = companions_of(folder)
         self._starts: dict[str, int] = {}
         self._files: dict[Path, int] = {}
@@ -53,6 +53,9 @@ class SafetensorsFolder(Store):
                 tensors[name], self._starts[name] = stored, start
         _check_index(folder, tensors)
         self.tensors = {name: stored for name, stored in tensors.items() if not name.endswith(_DERIVED)}
+
+    def published(self) -> dict[str, Any]:
+        return self._published
 
     def _read(self, name: str, bounds: Bounds) -> np.ndarray:
         stored = self.tensors[name]

@@ -45,14 +45,12 @@ class Store(abc.ABC):
     Attributes:
       where: folder, or what the store is called in errors.
       tensors: all tensors by published name.
-      values: the published `config.json`.
-      config: the same as a `ModelConfig`.
+      config: the model.
       companions: files that belong to the model beside weights and config.json, such as tokenizer.json.
     """
 
     where: Path
     tensors: Mapping[str, Stored]
-    values: dict[str, Any]
     config: ModelConfig
     companions: tuple[Path, ...] = ()
 
@@ -70,6 +68,14 @@ class Store(abc.ABC):
         values = self._read(name, spans)
         check_finite(values, name, stored.file)
         return values
+
+    @abc.abstractmethod
+    def published(self) -> dict[str, Any]:
+        """The model's published `config.json`.
+
+        Raises:
+          ConfigError: no published architecture is like the model.
+        """
 
     @abc.abstractmethod
     def _read(self, name: str, bounds: Bounds) -> np.ndarray:
@@ -92,7 +98,8 @@ class Store(abc.ABC):
           ConfigError: a tensor is missing, extra, misshapen or of another type; names it and its file.
         """
         embedding = "model.embed_tokens.weight"
-        if any(stored.dtype == E4M3 for stored in self.tensors.values()) or check_quantization(self.values, self.where):
+        quantized = check_quantization(self.published(), self.where)
+        if quantized or any(stored.dtype == E4M3 for stored in self.tensors.values()):
             fmt: Format = "float8"
         elif embedding in self.tensors and self.tensors[embedding].dtype == FLOAT32:
             fmt = "float32"

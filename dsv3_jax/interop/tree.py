@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import numpy as np
 
 from dsv3_jax.interop.names import TensorSpec, published_tensors
+from dsv3_jax.interop.published_config import Format, published_from_model
 from dsv3_jax.interop.store import Bounds, Store, Stored
 
 
 class TreeStore(Store):
     """A store that holds our stacked, transposed and fused float32 arrays, and offers them as published."""
+
+    bos: int | None = None
+    """Id that opens a document."""
+    eos: int | None = None
+
+    def published(self) -> dict[str, Any]:
+        return published_from_model(self.config, "float32", self.bos, self.eos)
+
+    def format(self) -> Format:
+        return "float32"
 
     def _offer(self) -> None:
         """Fills `tensors` from `config` and `where`."""
