@@ -12,6 +12,7 @@ depends on is taken: layers, heads of keys and values, and their width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ def allocated_bytes_per_token(config: ModelConfig, kind: CacheFormat) -> float:
 
 def sizes() -> list[dict[str, Any]]:
     """Every choice's bytes, measured, and as the paper has them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for choice in choices():
         size = allocated_bytes_per_token(choice.model, choice.cache)
         rows.append({"name": choice.name, "cache": choice.cache, "bytes_per_token": size,
@@ -113,9 +114,11 @@ def quality(folder: Path, arguments: Arguments) -> list[dict[str, Any]]:
         tries += [(f"{kind}, rotary key too", CacheChoice(kind, trained, whole)) for kind in formats[2:]]
     tries += [(f"float32, window {window}", CacheChoice("float32", window)) for window in arguments.windows
               if window < min(config.batch.sequence_length, trained or config.batch.sequence_length)]
-    rows = [{"run": folder.name, "attention": config.model.attention, "choice": name, "source": loaded.source,
-             **cached_quality(config, loaded.params, loaded.router_bias, split, loaded.mesh, choice)}
-            for name, choice in tries]
+    about = {"run": folder.name, "attention": config.model.attention, "source": loaded.source}
+    rows: list[dict[str, Any]] = []
+    for name, choice in tries:
+        read = cached_quality(config, loaded.params, loaded.router_bias, split, loaded.mesh, choice)
+        rows.append({**about, "choice": name, **read})
     return [{**row, "more": row["bits_per_byte"] - rows[0]["bits_per_byte"]} for row in rows]
 
 
@@ -133,12 +136,12 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += ["", "| run | attention | read through | bytes a token | bits per byte | more |",
                   "|---|---|---|---:|---:|---:|"]
         lines += [f"| {row['run']} | {row['attention']} | {row['choice']} | {row['bytes_per_token']:,.0f} | "
-                  f"{row['bits_per_byte']:.4f} | {row['more']:+.4f} |" for row in result["quality"]]
+                  f"{row['bits_per_byte']:.4f} | {row['more']:+.5f} |" for row in result["quality"]]
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    """The figure: bytes a token against bits per byte, a colour for each run."""
+    """The figure: bytes a token against bits per byte, a colour for each run and a mark for each choice."""
     try:
         import matplotlib
     except ImportError as error:
@@ -146,16 +149,18 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for run in dict.fromkeys(row["run"] for row in rows):
-        own = [row for row in rows if row["run"] == run]
-        axes.plot([row["bytes_per_token"] for row in own], [row["bits_per_byte"] for row in own], "o",
-                  label=f"{run} ({own[0]['attention']})")
-        for row in own:
-            axes.annotate(row["choice"], (row["bytes_per_token"], row["bits_per_byte"]), textcoords="offset points",
-                          xytext=(4, 4), fontsize=7)
+    runs = list(dict.fromkeys((row["run"], row["attention"]) for row in rows))
+    markers = dict(zip(dict.fromkeys(row["choice"] for row in rows), itertools.cycle("osD^v<>PX*dh"), strict=False))
+    for row in rows:
+        axes.plot(row["bytes_per_token"], row["bits_per_byte"], markers[row["choice"]], alpha=0.8,
+                  color=f"C{runs.index((row['run'], row['attention']))}")
+    for index, (run, attention) in enumerate(runs):
+        axes.plot([], [], color=f"C{index}", linewidth=6, label=f"{run} ({attention})")
+    for choice, marker in markers.items():
+        axes.plot([], [], marker, color="gray", label=choice)
     axes.set(xscale="log", xlabel="bytes of cache a token", ylabel="bits per byte of held-out text",
              title="What a smaller cache costs")
-    axes.legend()
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

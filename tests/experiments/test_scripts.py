@@ -108,6 +108,24 @@ def test_chat_answers_what_is_piped_in(finished, tmp_path):
     assert "spells the special token" in err
 
 
+def test_caches_are_compared_in_bytes_and_in_bits_per_byte(finished, tmp_path):
+    """What is read through a float32 cache is what training evaluated, but for the order of float32 sums."""
+    run_dir, summary = finished
+    told = json.loads(_run("kv_cache.py", "--quality", run_dir, "--windows", 8, "--out", tmp_path / "kv", "--json")[0])
+    sizes = {(row["name"], row["cache"]): row["bytes_per_token"] for row in told["sizes"]}
+    assert sizes["DeepSeek-V3, MLA", "bf16"] == 70_272
+    assert sizes["DeepSeek-V3, MLA", "float8"] == 61 * 656
+    assert sizes["Qwen-2.5 72B, GQA", "bf16"] == 327_680
+    assert sizes["LLaMA-3.1 405B, GQA", "bf16"] == 516_096
+    read = {row["choice"]: row for row in told["quality"]}
+    assert read["float32"]["bits_per_byte"] == pytest.approx(summary["validation_bits_per_byte"], rel=1e-5)
+    # 3 layers of 32 + 8 values; a window of 8 tokens in rows of 32.
+    assert read["float32"]["bytes_per_token"] == 4 * read["float32, window 8"]["bytes_per_token"] == 3 * 40 * 4
+    assert read["int8"]["bytes_per_token"] == 3 * (32 + 4 + 2 * 8)
+    assert 0 < abs(read["int8"]["more"]) < abs(read["float32, window 8"]["more"])
+    assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plot_is_a_picture(finished):
     run_dir, _ = finished
     out, _ = _run("plot_run.py", run_dir)
