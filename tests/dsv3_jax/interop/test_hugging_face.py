@@ -38,7 +38,8 @@ DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.fl
 
 def _read_config(folder: Path, masked_group_score: str) -> ModelConfig:
     published = json.loads((folder / "config.json").read_text())
-    known = {field.name: published[field.name] for field in dataclasses.fields(ModelConfig) if field.name in published}
+    known = {field.name: published[field.name] for field in dataclasses.fields(ModelConfig)
+             if field.name in published and field.name != "num_key_value_heads"}
     if known["rope_scaling"]:
         given = {key: value for key, value in known["rope_scaling"].items() if key != "type"}
         known["rope_scaling"] = RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0} | given)

@@ -35,7 +35,7 @@ def test_published_files_are_the_presets(model, layout):
 
 
 @pytest.mark.parametrize("fmt", ["float8", "bfloat16", "float32"])
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", sorted(name for name in MODELS if MODELS[name].attention == "mla"))
 def test_there_and_back(model, fmt):
     values = published_from_model(MODELS[model], fmt, bos=5, eos=6)
     assert model_from_published(values) == MODELS[model]
@@ -56,6 +56,14 @@ def test_v3_is_written_as_published():
 def test_choices_of_the_code_survive(changes):
     config = dataclasses.replace(MODELS["tiny"], **changes)
     assert model_from_published(published_from_model(config, "bfloat16")) == config
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (MODELS["quickstart_gqa"], r"model.attention \(gqa\) is in no published architecture"),
+    (dataclasses.replace(MODELS["tiny"], attention_window=8), r"model.attention_window \(8\)")], ids=["gqa", "window"])
+def test_what_has_no_published_format_is_refused(model, message):
+    with pytest.raises(ConfigError, match=message):
+        published_from_model(model, "float32")
 
 
 def test_yarn_without_mscale_leaves_the_temperature_alone():
