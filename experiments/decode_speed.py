@@ -10,6 +10,7 @@ floor is the time to read, once, all bytes that a step must read, at the bandwid
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -203,12 +204,13 @@ def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, floa
         return decode(nnx.merge(weights.structure, state), positions, cache).hidden_BQD
     if not layers:
         return {}
-    parts = {"attention_projections": jax.jit(projections), "attention_core": jax.jit(core),
+    parts: dict[str, Any] = {"attention_projections": jax.jit(projections), "attention_core": jax.jit(core),
              "experts": jax.jit(lambda s, h: feed_forward(s, h, True)),
              "dense": jax.jit(lambda s, h: feed_forward(s, h, False)), "head_and_sampling": jax.jit(head)}
-    seconds = {name: _median(lambda part=part, name=name: part(
-        weights.state, hidden, *([cache] if name == "attention_core" else [])), 20) for name, part in parts.items()}
-    layers_only = jax.jit(whole)
+    layers_only, seconds = jax.jit(whole), {}
+    for name, part in parts.items():
+        operands = (weights.state, hidden, *([cache] if name == "attention_core" else []))
+        seconds[name] = _median(functools.partial(part, *operands), 20)
     return seconds | {"all_layers": _median(lambda: layers_only(weights.state, cache), 20)}
 
 
@@ -246,8 +248,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines += ["", "The floor reads each byte that a step needs once: " + "; ".join(
         f"batch {batch}: " + ", ".join(f"{name.replace('_', ' ')} {size:.1f} MB"
                                        for name, size in m["mb_per_step"].items())
-        for batch, m in result["batches"].items()) + ".", "", "Milliseconds of a step by part, each compiled on its own:",
-        "", "| batch | " + " | ".join(name.replace("_", " ") for name in parts) + " |",
+        for batch, m in result["batches"].items()) + ".", "",
+        "Milliseconds of a step by part, each compiled on its own:", "",
+        "| batch | " + " | ".join(name.replace("_", " ") for name in parts) + " |",
         "|---" * (1 + len(parts)) + "|"]
     for batch, m in result["batches"].items():
         lines.append(f"| {batch} | " + " | ".join(f"{ms:.2f}" for ms in m["parts_ms"].values()) + " |")

@@ -78,9 +78,9 @@ class Generator:
         self._structure: list[nnx.GraphDef] = []
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._prepare = jax.jit(self._prepared)
-        self._first = jax.jit(self._read_prompts, static_argnames=("structure", "capacity"),
+        self._first: Any = jax.jit(self._read_prompts, static_argnames=("structure", "capacity"),
                               out_shardings=(None, everywhere))
-        self._next = jax.jit(self._advance, static_argnames="structure", donate_argnames="state",
+        self._next: Any = jax.jit(self._advance, static_argnames="structure", donate_argnames="state",
                              out_shardings=(None, everywhere, everywhere))
 
     def prepare(self, params: nnx.State, router_bias: nnx.State) -> Weights:
@@ -137,7 +137,8 @@ class Generator:
                 remedies += [f"ask for at most {fewer} new ones"] * (fewer > 0)
                 raise ConfigError(
                     f"prompt {row} has {len(prompt)} tokens and {new_tokens} new ones are asked for, but the model's "
-                    f"window (model.max_position_embeddings) is {self.window}: {', or '.join(remedies) or 'shorten both'}")
+                    f"window (model.max_position_embeddings) is {self.window}: "
+                    f"{', or '.join(remedies) or 'shorten both'}")
 
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         weights = compute_weights(params, self._precision)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,10 @@ class RowSampling(NamedTuple):
 
 def sampling_rows(rows: Sequence[Sampling]) -> RowSampling:
     """One array a field, NumPy."""
-    dtypes = {"top_k": np.int32, "seed": np.uint32}
-    return RowSampling(*(np.array([getattr(row, name) for row in rows], dtypes.get(name, np.float32))
-                         for name in RowSampling._fields))
+    dtypes: dict[str, Any] = {"top_k": np.int32, "seed": np.uint32}
+    columns: dict[str, Any] = {name: np.array([getattr(row, name) for row in rows], dtypes.get(name, np.float32))
+                               for name in RowSampling._fields}
+    return RowSampling(**columns)
 
 
 @jax.named_scope("sampling")
