@@ -28,7 +28,7 @@ import tyro
 from flax import nnx
 
 from dsv3_jax.codesign.counting import count_parameters
-from dsv3_jax.config import Execution, MeshConfig, ModelConfig, named
+from dsv3_jax.config import ConfigError, Execution, MeshConfig, ModelConfig, named
 from dsv3_jax.inference.cache import LatentCache, bytes_per_token
 from dsv3_jax.inference.forward import decode
 from dsv3_jax.inference.generate import Generator, Weights
@@ -261,6 +261,9 @@ def main() -> None:
     """Entry point."""
     arguments = tyro.cli(Arguments, description=__doc__)
     config = SMALL_100M if arguments.model == "small_100m" else named(MODELS, arguments.model, "--model")
+    if config.attention != "mla":
+        raise ConfigError(f"--model {arguments.model} has model.attention ({config.attention}): the parts of a step are "
+                          "timed for mla; choose another preset")
     with standard_output_for_json(arguments.json) as write_json:
         result = {"about": _about(arguments, config), **measure(config, arguments)}
         if arguments.out is not None:
