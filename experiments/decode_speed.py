@@ -262,8 +262,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     config = SMALL_100M if arguments.model == "small_100m" else named(MODELS, arguments.model, "--model")
     if config.attention != "mla":
-        raise ConfigError(f"--model {arguments.model} has model.attention ({config.attention}): the parts of a step are "
-                          "timed for mla; choose another preset")
+        raise ConfigError(f"--model {arguments.model} has model.attention ({config.attention}): the parts of a step "
+                          "are timed for mla; choose another preset")
     with standard_output_for_json(arguments.json) as write_json:
         result = {"about": _about(arguments, config), **measure(config, arguments)}
         if arguments.out is not None:
