@@ -18,11 +18,12 @@ import tyro
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import Generation, Generator, Weights
+from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.chat_template import ChatTemplate, Message
 from dsv3_jax.interop.tokenizer import Tokenizer
 from experiments.command_line import finish, standard_output_for_json
-from experiments.inference_options import GeneratorOptions, SamplingOptions, load_generator
+from experiments.inference_options import DEFAULT_SAMPLING, GeneratorOptions, load_generator, sampling_of_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Arguments:
     """Whom to talk to, and how."""
 
     folder: Annotated[GeneratorOptions, tyro.conf.arg(name="")]
-    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = DEFAULT_SAMPLING
     system: str | None = None
     """What the model is told before the conversation."""
     tokens: int = 512
@@ -59,8 +60,8 @@ class Conversation:
         """The answer to a user's message; `say` gets it piece by piece."""
         self.messages.append({"role": "user", "content": text})
         generation = self._generator.generate(
-            self._weights, [self._prompt()], self._arguments.tokens, self._arguments.sampling.sampling(self._answers),
-            self._template.stop_ids)
+            self._weights, [self._prompt()], self._arguments.tokens,
+            sampling_of_row(self._arguments.sampling, self._answers), self._template.stop_ids)
         stream = TextStream(self._tokenizer, self._arguments.stop)
         for [ids] in generation:
             say(stream.push(token for token in ids if token not in self._template.stop_ids))

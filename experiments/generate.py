@@ -21,10 +21,11 @@ import tyro
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import Generation
+from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.tokenizer import Tokenizer
 from experiments.command_line import finish, standard_output_for_json
-from experiments.inference_options import GeneratorOptions, SamplingOptions, load_generator
+from experiments.inference_options import DEFAULT_SAMPLING, GeneratorOptions, load_generator, sampling_of_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Arguments:
     """What to continue, and how."""
 
     folder: Annotated[GeneratorOptions, tyro.conf.arg(name="")]
-    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = DEFAULT_SAMPLING
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, given once for each; - reads one from standard input. Default: "The American people"."""
     prompts: Path | None = None
@@ -53,7 +54,7 @@ def main() -> None:
         loaded, tokenizer, generator, weights = load_generator(arguments.folder)
         ids = [np.array([tokenizer.bos, *tokenizer.encode(text)], np.int32) for text in texts]
         generation = generator.generate(weights, ids, arguments.tokens,
-                                        [arguments.sampling.sampling(row) for row in range(len(texts))],
+                                        [sampling_of_row(arguments.sampling, row) for row in range(len(texts))],
                                         [tokenizer.eos])
         began = time.perf_counter()
         rows = run(generation, tokenizer, arguments.stop, None if arguments.json else texts)

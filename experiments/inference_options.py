@@ -40,25 +40,12 @@ class Loaded(NamedTuple):
     """For people: which weights."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn: the options of `dsv3_jax.inference.sampling.Sampling`, in the order they are applied."""
+DEFAULT_SAMPLING = Sampling(temperature=0.8)
 
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that the text has become less likely."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that hold this probability."""
-    min_p: float = 0.0
-    """Draw from tokens at least this times as likely as the likeliest."""
-    seed: int = 0
 
-    def sampling(self, row: int = 0) -> Sampling:
-        """For one row of a batch; each row has a seed of its own."""
-        return Sampling(**{**dataclasses.asdict(self), "seed": (self.seed + row) % 2 ** 32})
+def sampling_of_row(sampling: Sampling, row: int) -> Sampling:
+    """Each row of a batch, or answer of a conversation, has a seed of its own."""
+    return dataclasses.replace(sampling, seed=(sampling.seed + row) % 2 ** 32)
 
 
 @dataclasses.dataclass(frozen=True)
