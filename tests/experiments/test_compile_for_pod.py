@@ -12,7 +12,8 @@ import pytest
 from dsv3_jax.presets import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--preset", "tiny", "--pod", "h100:2x4", "--model.hidden-size", "128", "--precision", "bf16"]
+SMALL = ["--preset", "tiny", "--pod", "h100:2x4", "--model.hidden-size", "128", "--precision", "bf16",
+         "--model.num-hidden-layers", "2", "--model.num-nextn-predict-layers", "0"]
 GIB = 2 ** 30
 
 

@@ -71,6 +71,7 @@ def test_mistakes_are_explained(published, arguments, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_weights_and_becomes_a_model_again(published, tmp_path):
     """The first step's loss is that of the weights, on 8 devices as on 1; the run's checkpoint converts back."""
     text = tmp_path / "text"

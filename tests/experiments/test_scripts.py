@@ -108,6 +108,7 @@ def test_chat_answers_what_is_piped_in(finished, tmp_path):
     assert "spells the special token" in err
 
 
+@pytest.mark.slow
 def test_caches_are_compared_in_bytes_and_in_bits_per_byte(finished, tmp_path):
     """What is read through a float32 cache is what training evaluated, but for the order of float32 sums."""
     run_dir, summary = finished

@@ -203,6 +203,7 @@ def test_bf16_stays_near_float32():
     assert {str(v.dtype) for k, v in state.items() if k.startswith("params")} == {"float32"}
 
 
+@pytest.mark.slow
 def test_recomputation_saves_memory():
     """The compiler's own count of temporary bytes, on a stack deep enough to matter."""
     model = dataclasses.replace(TINY, num_hidden_layers=9)
