@@ -104,9 +104,10 @@ class ModelConfig:
     """Weight of the sequence-wise balance loss (paper 2, equation 17)."""
     num_nextn_predict_layers: int = 1
     """Depth of multi-token prediction (paper 2, section 2.2)."""
-    mtp_hidden: Literal["pre_norm", "post_norm"] = "post_norm"
+    mtp_hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
     """Whether the first prediction module reads the main model's output before or after its final norm. The paper does
-    not tell; transformers and vLLM run the published weights with it after, torchtitan trains with it before."""
+    not tell; transformers and vLLM run the published weights with it after, torchtitan trains with it before. (The
+    quickstart, one seed: 1.855 bits per byte held out with it before, 1.895 after.)"""
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None

@@ -25,7 +25,7 @@ _DEEPSEEK_V3 = ModelConfig(
     num_hidden_layers=61, first_k_dense_replace=3, num_attention_heads=128,
     q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
     n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
-    routed_scaling_factor=2.5, max_position_embeddings=163840,
+    routed_scaling_factor=2.5, mtp_hidden="post_norm", max_position_embeddings=163840,
     rope_scaling=RopeScaling())
 
 _DEEPSEEK_V2 = ModelConfig(

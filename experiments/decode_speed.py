@@ -144,7 +144,7 @@ def _decode_seconds(generator: Generator, weights: Weights, arguments: Arguments
 def _forward_seconds(weights: Weights, arguments: Arguments, batch: int) -> float:
     """Seconds for a token without a cache: the forward pass over the text so far, halfway."""
     length = arguments.prompt + arguments.tokens // 2
-    tokens = jnp.zeros((batch, length), jnp.int32) + jnp.arange(length)
+    tokens = _tokens(weights, batch, length)
 
     @jax.jit
     def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
@@ -154,6 +154,12 @@ def _forward_seconds(weights: Weights, arguments: Arguments, batch: int) -> floa
         out = prefill(model, tokens, jnp.full((batch,), length), cache)  # what is written is not used, so not computed
         return jnp.argmax(model.logits(out.hidden_BQD[:, -1]), axis=-1)
     return _median(lambda: forward(weights.state, tokens), 5)
+
+
+def _tokens(weights: Weights, batch: int, length: int) -> jax.Array:
+    """Random, since equal rows would all go to the same experts."""
+    vocab = nnx.merge(weights.structure, weights.state).config.vocab_size
+    return jnp.asarray(np.random.default_rng(0).integers(0, vocab, (batch, length)), jnp.int32)
 
 
 def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, float]:
@@ -200,18 +206,18 @@ def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, floa
         seen = jnp.zeros(logits.shape, bool)
         return draw(probabilities(logits, seen, rows), rows.seed, cache.lengths_B, TARGET)
 
-    def whole(state: nnx.State, cache: LatentCache) -> jax.Array:
-        return decode(nnx.merge(weights.structure, state), positions, cache).hidden_BQD
+    def whole(state: nnx.State, tokens: jax.Array, cache: LatentCache) -> jax.Array:
+        return decode(nnx.merge(weights.structure, state), tokens, cache).hidden_BQD
     if not layers:
         return {}
     parts: dict[str, Any] = {"attention_projections": jax.jit(projections), "attention_core": jax.jit(core),
              "experts": jax.jit(lambda s, h: feed_forward(s, h, True)),
              "dense": jax.jit(lambda s, h: feed_forward(s, h, False)), "head_and_sampling": jax.jit(head)}
-    layers_only, seconds = jax.jit(whole), {}
+    layers_only, tokens, seconds = jax.jit(whole), _tokens(weights, batch, 1), {}
     for name, part in parts.items():
         operands = (weights.state, hidden, *([cache] if name == "attention_core" else []))
         seconds[name] = _median(functools.partial(part, *operands), 20)
-    return seconds | {"all_layers": _median(lambda: layers_only(weights.state, cache), 20)}
+    return seconds | {"all_layers": _median(lambda: layers_only(weights.state, tokens, cache), 20)}
 
 
 def _merged(weights: Weights, state: nnx.State) -> list[Any]:

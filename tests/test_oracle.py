@@ -203,7 +203,7 @@ def test_sequence_balance_loss():
 
 VARIANTS = [{}, {"q_lora_rank": None, "n_shared_experts": 0, "rope_scaling": None, "num_nextn_predict_layers": 0},
             {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
-            {"mtp_hidden": "pre_norm", "n_shared_experts": 2, "num_nextn_predict_layers": 1}]
+            {"mtp_hidden": "post_norm", "n_shared_experts": 2, "num_nextn_predict_layers": 1}]
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

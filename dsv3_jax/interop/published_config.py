@@ -186,7 +186,7 @@ def published_from_model(config: ModelConfig, fmt: Format, bos: int | None = Non
 def _own_default(name: str, config: ModelConfig, default: Mapping[str, Any]) -> Any:
     if name == "masked_group_score" and config.topk_method == "group_limited_greedy":
         return "0"
-    return default[name]
+    return "post_norm" if name == "mtp_hidden" else default[name]
 
 
 def with_format(values: Mapping[str, Any], fmt: Format) -> dict[str, Any]:

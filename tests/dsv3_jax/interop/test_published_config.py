@@ -52,7 +52,7 @@ def test_v3_is_written_as_published():
     assert {name: written.get(name) for name in V3_CONFIG} == V3_CONFIG
 
 
-@pytest.mark.parametrize("changes", [{"mtp_hidden": "pre_norm"}, {"masked_group_score": "0"}], ids=str)
+@pytest.mark.parametrize("changes", [{"mtp_hidden": "post_norm"}, {"masked_group_score": "0"}], ids=str)
 def test_choices_of_the_code_survive(changes):
     config = dataclasses.replace(MODELS["tiny"], **changes)
     assert model_from_published(published_from_model(config, "bfloat16")) == config

@@ -23,7 +23,7 @@ VARIANTS = {
     "yarn": {"rope_scaling": RopeScaling(factor=8.0, original_max_position_embeddings=16)},
     "no query compression": {"q_lora_rank": None},
     "two prediction depths": {"num_nextn_predict_layers": 2},
-    "pre-norm prediction": {"mtp_hidden": "pre_norm"},
+    "post-norm prediction": {"mtp_hidden": "post_norm"},
     "no prediction, all experts": {"num_nextn_predict_layers": 0, "first_k_dense_replace": 0},
     "three shared experts, one group": {"n_shared_experts": 3, "n_group": 1, "topk_group": 1},
     "no shared expert, eight groups": {"n_shared_experts": 0, "n_group": 8, "topk_group": 3},
