@@ -30,7 +30,7 @@ from flax import nnx
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.config import ConfigError, Execution, MeshConfig, ModelConfig, named
 from dsv3_jax.inference.cache import LatentCache, bytes_per_token
-from dsv3_jax.inference.forward import decode
+from dsv3_jax.inference.forward import decode, prefill
 from dsv3_jax.inference.generate import Generator, Weights
 from dsv3_jax.inference.sampling import TARGET, Sampling, draw, probabilities, sampling_rows
 from dsv3_jax.mesh import make_mesh
@@ -39,6 +39,7 @@ from dsv3_jax.nn.model import DeepSeekV3
 from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.presets import MODELS
+from dsv3_jax.training import runtime
 from experiments.command_line import finish, standard_output_for_json
 
 # All parts of V3 in 114 million parameters, of which a token uses 26.
@@ -90,6 +91,7 @@ def bytes_per_step(config: ModelConfig, precision: Precision, batch: int, length
 
 def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
     """All measurements, as plain values; times are medians."""
+    runtime.start(MeshConfig(data=1))
     bandwidth = read_bandwidth()
     generator = Generator(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), precision=arguments.precision)
     weights = generator.prepare(*_random_weights(config))
@@ -148,7 +150,6 @@ def _forward_seconds(weights: Weights, arguments: Arguments, batch: int) -> floa
 
     @jax.jit
     def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
-        from dsv3_jax.inference.forward import prefill
         model = nnx.merge(weights.structure, state)
         cache = LatentCache.empty(model.config, batch, length, arguments.precision, mtp=False)
         out = prefill(model, tokens, jnp.full((batch,), length), cache)  # what is written is not used, so not computed
