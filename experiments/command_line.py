@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.training.metrics import Diverged
@@ -26,6 +31,16 @@ def take_option(arguments: Sequence[str], name: str, default: str) -> tuple[str,
         else:
             rest.append(argument)
     return value, rest
+
+
+def provenance() -> dict[str, str]:
+    """Command, date, versions and device: what a committed result must tell about itself."""
+    cpu = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] \
+        if cpu.exists() else []
+    return {"command": " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "python": platform.python_version(),
+            "device": f"{jax.devices()[0].device_kind}: {(*models, platform.processor())[0]}, {os.cpu_count()} cores"}
 
 
 def say_line(line: str) -> None:

@@ -13,9 +13,7 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +38,7 @@ from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
-from experiments.command_line import finish, standard_output_for_json
+from experiments.command_line import finish, provenance, standard_output_for_json
 
 # All parts of V3 in 114 million parameters, of which a token uses 26.
 SMALL_100M = ModelConfig(
@@ -228,13 +226,7 @@ def _merged(weights: Weights, state: nnx.State) -> list[Any]:
 
 
 def _about(arguments: Arguments, config: ModelConfig) -> dict[str, Any]:
-    """Versions, device and command."""
-    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else ""
-    return {"command": " ".join(["python", "experiments/decode_speed.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "python": platform.python_version(),
-            "device": f"{jax.devices()[0].device_kind}: {processor}, {os.cpu_count()} cores",
-            "load_average_at_start": os.getloadavg()[0], "model": arguments.model,
+    return {**provenance(), "load_average_at_start": os.getloadavg()[0], "model": arguments.model,
             "parameters": count_parameters(config).main, "precision": arguments.precision, "prompt": arguments.prompt,
             "tokens": arguments.tokens}
 

@@ -26,7 +26,7 @@ from dsv3_jax.inference.storage import EntryLayout
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training.evaluate_cached import CacheChoice, cached_quality
 from dsv3_jax.training.tokens import prepare
-from experiments.command_line import finish, standard_output_for_json
+from experiments.command_line import finish, provenance, standard_output_for_json
 from experiments.inference_options import FolderOptions, load_for_inference
 
 V3 = MODELS["deepseek_v3"]
@@ -124,7 +124,10 @@ def quality(folder: Path, arguments: Arguments) -> list[dict[str, Any]]:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Tables a person reads."""
-    lines = ["| cache | format | bytes a token | KB in paper 1 | of V3's | printed there | bytes a token and layer |",
+    about = result["about"]
+    lines = ["# What a cache costs", "", f"`{about['command']}`", "",
+             f"{about['device']}; jax {about['jax']}, Python {about['python']}, {about['date']}.", "",
+             "| cache | format | bytes a token | KB in paper 1 | of V3's | printed there | bytes a token and layer |",
              "|---|---|---:|---:|---:|---:|---:|"]
     for row in result["sizes"]:
         kb, multiple = ("" if value is None else f"{value:g}{unit}" for value, unit in
@@ -170,7 +173,7 @@ def main() -> None:
     with standard_output_for_json(arguments.json) as write_json:
         # Runs first: they set JAX up.
         runs = [row for folder in arguments.quality for row in quality(folder, arguments)]
-        result = {"sizes": sizes(), "quality": runs}
+        result = {"about": provenance(), "sizes": sizes(), "quality": runs}
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
