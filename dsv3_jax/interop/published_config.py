@@ -80,6 +80,7 @@ def model_from_published(values: Mapping[str, Any], where: Any = "config.json") 
     read.require("norm_topk_prob", routing["norm_topk_prob"], (True, False), "")
     masked = "0" if routing["topk_method"] == "group_limited_greedy" else "-inf"
     theta, scaling = _rope(read)
+    depth = read.integer("num_nextn_predict_layers", 0)
     return ModelConfig(
         **sizes, **routing,
         q_lora_rank=None if values.get("q_lora_rank") is None else read.integer("q_lora_rank"),
@@ -87,13 +88,13 @@ def model_from_published(values: Mapping[str, Any], where: Any = "config.json") 
         topk_group=read.integer("topk_group", 1),
         routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
         aux_loss_alpha=read.number("aux_loss_alpha", 1e-4),
-        num_nextn_predict_layers=read.integer("num_nextn_predict_layers", 0),
+        num_nextn_predict_layers=depth,
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         latent_norm_eps=read.number("latent_norm_eps", 1e-6),
         initializer_range=read.number("initializer_range", 0.02),
         rope_theta=theta, rope_scaling=scaling,
         masked_group_score=read.one_of("masked_group_score", masked, ("-inf", "0")),
-        mtp_hidden=read.one_of("mtp_hidden", "post_norm", ("pre_norm", "post_norm")))
+        mtp_hidden=read.one_of("mtp_hidden", _mtp_hidden(depth), ("pre_norm", "post_norm")))
 
 
 def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
@@ -186,7 +187,14 @@ def published_from_model(config: ModelConfig, fmt: Format, bos: int | None = Non
 def _own_default(name: str, config: ModelConfig, default: Mapping[str, Any]) -> Any:
     if name == "masked_group_score" and config.topk_method == "group_limited_greedy":
         return "0"
-    return "post_norm" if name == "mtp_hidden" else default[name]
+    if name == "mtp_hidden":
+        return _mtp_hidden(config.num_nextn_predict_layers)
+    return default[name]
+
+
+def _mtp_hidden(depth: int) -> str:
+    """What transformers and vLLM run published prediction modules on; without any it does not matter."""
+    return "post_norm" if depth else "pre_norm"
 
 
 def with_format(values: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
