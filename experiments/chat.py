@@ -15,9 +15,10 @@ import time
 from typing import Annotated, Any
 
 import tyro
+from flax import nnx
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.generate import Generation, Generator, Weights
+from dsv3_jax.inference.generate import Generation, Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.text import TextStream
 from dsv3_jax.interop.chat_template import ChatTemplate, Message
@@ -45,7 +46,7 @@ class Arguments:
 class Conversation:
     """Messages so far, and how the model answers them. Each answer reads the conversation anew."""
 
-    def __init__(self, arguments: Arguments, tokenizer: Tokenizer, generator: Generator, weights: Weights):
+    def __init__(self, arguments: Arguments, tokenizer: Tokenizer, generator: Generator, weights: nnx.State):
         self._arguments, self._tokenizer, self._generator, self._weights = arguments, tokenizer, generator, weights
         self._template = ChatTemplate(arguments.folder.folder, tokenizer)
         self._answers = 0

@@ -29,12 +29,11 @@ from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.config import ConfigError, Execution, MeshConfig, ModelConfig, named
 from dsv3_jax.inference.cache import LatentCache, bytes_per_token
 from dsv3_jax.inference.forward import decode, prefill
-from dsv3_jax.inference.generate import Generator, Weights
+from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.sampling import TARGET, Sampling, draw, probabilities, sampling_rows
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.cached_attention import absorbed_attention
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import split_model
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
@@ -98,26 +97,26 @@ def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
         step = _decode_seconds(generator, weights, arguments, batch)
         needed = bytes_per_step(config, arguments.precision, batch, arguments.prompt + arguments.tokens // 2)
         floor = sum(needed.values()) / bandwidth
-        again = _forward_seconds(weights, arguments, batch)
+        again = _forward_seconds(generator, weights, arguments, batch)
         result["batches"][str(batch)] = {
             "decode_ms": 1e3 * step, "decode_tokens_per_second": batch / step,
             "forward_ms": 1e3 * again, "forward_tokens_per_second": batch / again,
             "floor_ms": 1e3 * floor, "share_of_floor": floor / step, "mb_per_step": {
                 name: size / 1e6 for name, size in needed.items()},
-            "parts_ms": {name: 1e3 * seconds for name, seconds in _parts(weights, arguments, batch).items()}}
+            "parts_ms": {name: 1e3 * seconds for name, seconds in _parts(generator, weights, arguments, batch).items()}}
     return result
 
 
 def _random_weights(config: ModelConfig) -> list[nnx.State]:
     """Parameters and router biases drawn by NumPy: to compile the model's own initialisation takes minutes at times."""
-    shapes, rng = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def drawn(variable: nnx.Variable) -> nnx.Variable:
         shape, is_gain = variable.get_value().shape, len(variable.get_metadata("axes")) == 1
         noise = config.initializer_range * rng.standard_normal(shape, np.float32)
         return variable.replace(jnp.asarray(noise + is_gain))
     return [jax.tree.map(drawn, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-            for state in nnx.split(shapes, nnx.Param, RouterBias)[1:]]
+            for state in jax.eval_shape(lambda: split_model(config)[1:])]
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -131,7 +130,7 @@ def _median(call: Callable[[], Any], times: int) -> float:
     return statistics.median(_seconds(call) for _ in range(times))
 
 
-def _decode_seconds(generator: Generator, weights: Weights, arguments: Arguments, batch: int) -> float:
+def _decode_seconds(generator: Generator, weights: nnx.State, arguments: Arguments, batch: int) -> float:
     """Seconds a step, as a user of `Generator` sees them: host work and transfers included."""
     prompts = list(np.random.default_rng(0).integers(0, generator.model.vocab_size, (batch, arguments.prompt)))
     for _ in range(2):  # the first compiles
@@ -141,29 +140,28 @@ def _decode_seconds(generator: Generator, weights: Weights, arguments: Arguments
     return statistics.median(np.diff(times))
 
 
-def _forward_seconds(weights: Weights, arguments: Arguments, batch: int) -> float:
+def _forward_seconds(generator: Generator, weights: nnx.State, arguments: Arguments, batch: int) -> float:
     """Seconds for a token without a cache: the forward pass over the text so far, halfway."""
     length = arguments.prompt + arguments.tokens // 2
-    tokens = _tokens(weights, batch, length)
+    tokens = _tokens(generator.model, batch, length)
 
     @jax.jit
     def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
-        model = nnx.merge(weights.structure, state)
+        model = nnx.merge(generator.structure, state)
         cache = LatentCache.empty(model.config, batch, length, arguments.precision, mtp=False)
         out = prefill(model, tokens, jnp.full((batch,), length), cache)  # what is written is not used, so not computed
         return jnp.argmax(model.logits(out.hidden_BQD[:, -1]), axis=-1)
-    return _median(lambda: forward(weights.state, tokens), 5)
+    return _median(lambda: forward(weights, tokens), 5)
 
 
-def _tokens(weights: Weights, batch: int, length: int) -> jax.Array:
+def _tokens(config: ModelConfig, batch: int, length: int) -> jax.Array:
     """Random, since equal rows would all go to the same experts."""
-    vocab = nnx.merge(weights.structure, weights.state).config.vocab_size
-    return jnp.asarray(np.random.default_rng(0).integers(0, vocab, (batch, length)), jnp.int32)
+    return jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, length)), jnp.int32)
 
 
-def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, float]:
+def _parts(generator: Generator, weights: nnx.State, arguments: Arguments, batch: int) -> dict[str, float]:
     """Seconds of parts of a step, each compiled on its own and chained through the layers as the whole is."""
-    model = nnx.merge(weights.structure, weights.state)
+    model = nnx.merge(generator.structure, weights)
     config, length = model.config, arguments.prompt + arguments.tokens // 2
     layers = [*(model.dense_layers if config.first_k_dense_replace else ()), *model.moe_layers] \
         if isinstance(model.moe_layers, nnx.List) else []
@@ -175,7 +173,7 @@ def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, floa
     execution = Execution()
 
     def projections(state: nnx.State, hidden: jax.Array) -> jax.Array:
-        for layer in _merged(weights, state):
+        for layer in _merged(generator, state):
             attention = layer.self_attn
             q, r = attention.query(layer.input_layernorm(hidden), positions)
             c, k = attention.latent(layer.input_layernorm(hidden), positions)
@@ -188,39 +186,39 @@ def _parts(weights: Weights, arguments: Arguments, batch: int) -> dict[str, floa
         q = jnp.broadcast_to(hidden.mean(), (batch, 1, config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         total = hidden.mean()
-        for index, layer in enumerate(_merged(weights, state)):
+        for index, layer in enumerate(_merged(generator, state)):
             out = absorbed_attention(layer.self_attn, q_nope + total, q_rope, cache.storage.read(index, dtype),
                                      positions, cache.lengths_B)
             total += out.mean()
         return total
 
     def feed_forward(state: nnx.State, hidden: jax.Array, moe: bool) -> jax.Array:
-        for index, layer in enumerate(_merged(weights, state)):
+        for index, layer in enumerate(_merged(generator, state)):
             if (index >= config.first_k_dense_replace) == moe:
                 hidden, _ = layer.feed_forward(hidden, execution)
         return hidden
 
     def head(state: nnx.State, hidden: jax.Array) -> jax.Array:
-        logits = nnx.merge(weights.structure, state).logits(hidden[:, 0])
+        logits = nnx.merge(generator.structure, state).logits(hidden[:, 0])
         seen = jnp.zeros(logits.shape, bool)
         return draw(probabilities(logits, seen, rows), rows.seed, cache.lengths_B, TARGET)
 
     def whole(state: nnx.State, tokens: jax.Array, cache: LatentCache) -> jax.Array:
-        return decode(nnx.merge(weights.structure, state), tokens, cache).hidden_BQD
+        return decode(nnx.merge(generator.structure, state), tokens, cache).hidden_BQD
     if not layers:
         return {}
     parts: dict[str, Any] = {"attention_projections": jax.jit(projections), "attention_core": jax.jit(core),
              "experts": jax.jit(lambda s, h: feed_forward(s, h, True)),
              "dense": jax.jit(lambda s, h: feed_forward(s, h, False)), "head_and_sampling": jax.jit(head)}
-    layers_only, tokens, seconds = jax.jit(whole), _tokens(weights, batch, 1), {}
+    layers_only, tokens, seconds = jax.jit(whole), _tokens(config, batch, 1), {}
     for name, part in parts.items():
-        operands = (weights.state, hidden, *([cache] if name == "attention_core" else []))
+        operands = (weights, hidden, *([cache] if name == "attention_core" else []))
         seconds[name] = _median(functools.partial(part, *operands), 20)
-    return seconds | {"all_layers": _median(lambda: layers_only(weights.state, tokens, cache), 20)}
+    return seconds | {"all_layers": _median(lambda: layers_only(weights, tokens, cache), 20)}
 
 
-def _merged(weights: Weights, state: nnx.State) -> list[Any]:
-    model = nnx.merge(weights.structure, state)
+def _merged(generator: Generator, state: nnx.State) -> list[Any]:
+    model = nnx.merge(generator.structure, state)
     dense = list(model.dense_layers) if model.config.first_k_dense_replace else []
     return [*dense, *model.moe_layers]
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, check_expert_layout
 from dsv3_jax.inference.cache import CacheFormat
-from dsv3_jax.inference.generate import Generator, Weights
+from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.interop.convert import open_store
 from dsv3_jax.interop.load import load
@@ -106,7 +106,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Generator, Weights]:
+def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Generator, nnx.State]:
     """The folder's model and tokenizer, and a generator with its weights prepared."""
     tokenizer = tokenizer_in(options.folder)
     loaded = load_for_inference(options)

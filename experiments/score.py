@@ -29,8 +29,7 @@ from flax import nnx
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.mesh import batch_sharding, batch_shards, gather_for_compute
 from dsv3_jax.nn.block import gathered
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import model_structure
 from dsv3_jax.training.metrics import duration
 from experiments.command_line import finish, say_line, standard_output_for_json
 from experiments.inference_options import FolderOptions, Loaded, load_for_inference, tokenizer_in
@@ -149,7 +148,7 @@ def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 def score(loaded: Loaded, tokens_BT: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """float32 (logits [b, T, V], log-probabilities [b, T-1]) of `rows` rows at a time, by one compiled program."""
     mesh, config = loaded.mesh, loaded.model
-    structure = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+    structure = model_structure(config)
 
     @jax.jit
     def run(params: nnx.State, router_bias: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -77,13 +77,13 @@ def cached_layers(config: ModelConfig, mtp: bool = True) -> int:
 def cached_entries(config: ModelConfig, tokens: int, mtp: bool = True) -> int:
     """N: entries that a row of `tokens` needs, the window's at most.
 
-    Drafts that are rejected have taken the place of entries 2K back at most (see `speculative`), so the prediction
-    modules need as many entries more.
+    K prediction modules need K entries more: where drafts were rejected a pass begins up to K positions before the last
+    that was written (see `speculative`), in the place of entries which it still sees.
     """
     window = config.attention_window
     if window is None:
         return tokens
-    return min(tokens, window) + (2 * config.num_nextn_predict_layers if mtp else 0)
+    return min(tokens, window) + (config.num_nextn_predict_layers if mtp else 0)
 
 
 def bytes_per_token(config: ModelConfig, kind: CacheFormat = "bf16", mtp: bool = True) -> int:

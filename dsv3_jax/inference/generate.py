@@ -22,8 +22,7 @@ from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, pro
 from dsv3_jax.inference.speculative import Window, speculative_step, window_of, window_size, with_token
 from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
 from dsv3_jax.nn.block import gathered
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import model_structure, split_model
 from dsv3_jax.precision.recipe import Precision, compute_weights
 
 SMALLEST_SIZE = 32
@@ -42,13 +41,6 @@ class DecodeState(NamedTuple):
     """For the prediction modules; None in plain decoding."""
 
 
-class Weights(NamedTuple):
-    """A model ready to generate; see `Generator.prepare`."""
-
-    structure: nnx.GraphDef
-    state: nnx.State
-
-
 class Generator:
     """Makes text with one model on one mesh.
 
@@ -60,6 +52,9 @@ class Generator:
       cache: format of the cache (`LatentCache.empty`); None: that of `precision`.
       speculative: whether to draft with the multi-token-prediction modules.
       spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
+
+    Attributes:
+      structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
 
     Raises:
       ConfigError: `speculative` for a model without prediction modules.
@@ -75,24 +70,25 @@ class Generator:
         self._precision, self._cache, self._spread = precision, cache or precision, spread
         # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
         self._execution = Execution(capacity_factor=float(self.mesh.size))
-        self._structure: list[nnx.GraphDef] = []
+        # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
+        self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
+        self.structure = _structure(model, self._layers_apart)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._prepare = jax.jit(self._prepared)
-        self._first: Any = jax.jit(self._read_prompts, static_argnames=("structure", "capacity"),
-                              out_shardings=(None, everywhere))
-        self._next: Any = jax.jit(self._advance, static_argnames="structure", donate_argnames="state",
-                             out_shardings=(None, everywhere, everywhere))
+        self._first: Any = jax.jit(self._read_prompts, static_argnames="capacity",
+                                   out_shardings=(None, everywhere))
+        self._next: Any = jax.jit(self._advance, donate_argnames="state",
+                                  out_shardings=(None, everywhere, everywhere))
 
-    def prepare(self, params: nnx.State, router_bias: nnx.State) -> Weights:
+    def prepare(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         """Weights as decoding uses them, once for many generations: in compute precision, gathered, and on CPU layer
         by layer (see `forward.unstacked`). `params` is not changed."""
         if self._moved:
             params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
         with jax.set_mesh(self.mesh):
-            state = self._prepare(params, router_bias)
-        return Weights(self._structure[-1], state)
+            return self._prepare(params, router_bias)
 
-    def generate(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int,
+    def generate(self, weights: nnx.State, prompts: Sequence[np.ndarray], new_tokens: int,
                  sampling: Sampling | Sequence[Sampling] = Sampling(), stop_ids: Sequence[int] = ()) -> Generation:
         """Starts a batch of rows; iterate over the result for their tokens. Every process of a run must do so alike.
 
@@ -143,17 +139,13 @@ class Generator:
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         weights = compute_weights(params, self._precision)
         weights = weights if self._spread else gather_for_compute(weights)
-        model = nnx.merge(_structure(self.model), weights, router_bias)
-        if not self._spread and self.mesh.devices.flat[0].platform == "cpu":
-            model = unstacked(model)
-        structure, state = nnx.split(model)
-        self._structure.append(structure)
-        return state
+        model = nnx.merge(model_structure(self.model), weights, router_bias)
+        return nnx.state(unstacked(model) if self._layers_apart else model)
 
-    def _read_prompts(self, state: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array, rows: RowSampling, *,
-                      structure: nnx.GraphDef, capacity: int) -> tuple[DecodeState, jax.Array]:
+    def _read_prompts(self, weights: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array, rows: RowSampling, *,
+                      capacity: int) -> tuple[DecodeState, jax.Array]:
         """The state after the prompts, and int32 [B], the first new token of each row."""
-        model = nnx.merge(structure, state)
+        model = nnx.merge(self.structure, weights)
         cache = LatentCache.empty(self.model, tokens_BT.shape[0], capacity, self._cache, mtp=self.speculative)
         out = prefill(model, tokens_BT, lengths_B, cache)
         last = (lengths_B - 1)[:, None]
@@ -171,10 +163,10 @@ class Generator:
             window = window_of(out.mtp_input_BQD, following_BT, window_size(self.model), lengths_B)
         return DecodeState(cache, token_B, with_token(seen_BV, token_B), window), token_B
 
-    def _advance(self, weights: nnx.State, state: DecodeState, active_B: jax.Array, rows: RowSampling, *,
-                 structure: nnx.GraphDef) -> tuple[DecodeState, jax.Array, jax.Array]:
+    def _advance(self, weights: nnx.State, state: DecodeState, active_B: jax.Array,
+                 rows: RowSampling) -> tuple[DecodeState, jax.Array, jax.Array]:
         """The state one step on, int32 [B, Q] new tokens and int32 [B], how many of them each row got."""
-        model = nnx.merge(structure, weights)
+        model = nnx.merge(self.structure, weights)
         cache, last_B, seen_BV, window = state
         if window is not None:
             verified, window, seen_BV, cache = speculative_step(model, window, seen_BV, cache, active_B, rows,
@@ -188,7 +180,7 @@ class Generator:
         return (DecodeState(out.cache, token_B, with_token(seen_BV, token_B), None), token_B[:, None],
                 active_B.astype(jnp.int32))
 
-    def _start(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int,
+    def _start(self, weights: nnx.State, prompts: Sequence[np.ndarray], new_tokens: int,
                rows: RowSampling) -> tuple[DecodeState, np.ndarray]:
         longest = max(len(prompt) for prompt in prompts)
         tokens = np.zeros((len(prompts), rounded(longest, self.window)), np.int32)
@@ -196,15 +188,14 @@ class Generator:
             tokens[row, :len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         with jax.set_mesh(self.mesh):
-            state, first = self._first(weights.state, self._place(tokens), self._place(lengths), rows,
-                                       structure=weights.structure, capacity=rounded(longest + new_tokens, self.window))
+            state, first = self._first(weights, self._place(tokens), self._place(lengths), rows,
+                                       capacity=rounded(longest + new_tokens, self.window))
         return state, np.asarray(first)
 
-    def _step(self, weights: Weights, state: DecodeState, active: np.ndarray,
+    def _step(self, weights: nnx.State, state: DecodeState, active: np.ndarray,
               rows: RowSampling) -> tuple[DecodeState, np.ndarray, np.ndarray]:
         with jax.set_mesh(self.mesh):
-            state, tokens, counts = self._next(weights.state, state, self._place(active), rows,
-                                               structure=weights.structure)
+            state, tokens, counts = self._next(weights, state, self._place(active), rows)
         return state, np.asarray(tokens), np.asarray(counts)
 
     def _place(self, x: np.ndarray) -> jax.Array:
@@ -220,7 +211,7 @@ class Generation:
       drafted, accepted: drafts that were verified and drafts that were kept, over all rows.
     """
 
-    def __init__(self, generator: Generator, weights: Weights, prompts: list[np.ndarray], new_tokens: int,
+    def __init__(self, generator: Generator, weights: nnx.State, prompts: list[np.ndarray], new_tokens: int,
                  sampling: list[Sampling], stop_ids: frozenset[int]):
         self._generator, self._weights, self._prompts = generator, weights, prompts
         self._new_tokens, self._sampling, self._stop_ids = new_tokens, sampling, stop_ids
@@ -292,8 +283,16 @@ def rounded(tokens: int, window: int) -> int:
 
 
 @functools.cache
-def _structure(model: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DeepSeekV3(model, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+def _structure(config: ModelConfig, layers_apart: bool) -> nnx.GraphDef:
+    """Found once: as a static argument of each step it would be hashed each time, for a millisecond."""
+    structure = []
+
+    def trace() -> None:
+        structure.append(nnx.graphdef(unstacked(nnx.merge(*split_model(config)))))
+    if not layers_apart:
+        return model_structure(config)
+    jax.eval_shape(trace)
+    return structure[0]
 
 
 def _without_context(mesh: Mesh) -> Mesh:

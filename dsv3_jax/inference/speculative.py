@@ -7,9 +7,9 @@ included, and at temperature 0 it is the same tokens.
 
 Names: K drafts = prediction modules, Q = K + 1 tokens verified, n tokens in the cache before the step; t_n, the last
 token known, is not in it yet. Module k's cache at position i depends on token t_{i+k}, which at the end of the row was
-a draft that may have been rejected. A step adds at most K + 1 tokens, so an entry is at most k + K <= 2K positions from
-the end when its token is first known: each step runs the modules over the last 2K positions, and everything that rested
-on a draft is written anew.
+a draft. A step that adds a <= K + 1 tokens leaves a - 1 of its drafts standing; of the entries it wrote, the last k
+rested on one that does not. So the next step runs the modules over the last K + 1 positions, which hold those entries
+and the a new positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dsv3_jax.nn.model import DeepSeekV3
 
 
 class Window(NamedTuple):
-    """The last 2K positions of each row, n-2K .. n-1: what the prediction modules read."""
+    """The last K + 1 positions of each row, n-K-1 .. n-1: what the prediction modules read."""
 
     hidden_BWD: jax.Array
     """`CachedOutput.mtp_input_BQD` at these positions; anything where the row is shorter."""
@@ -56,8 +56,8 @@ class Verified(NamedTuple):
 
 
 def window_size(config: ModelConfig) -> int:
-    """W = 2K positions."""
-    return 2 * config.num_nextn_predict_layers
+    """W = K + 1 positions."""
+    return config.num_nextn_predict_layers + 1
 
 
 def window_of(hidden_BTD: jax.Array, tokens_BT: jax.Array, size: int, ends_B: jax.Array) -> Window:

@@ -19,8 +19,7 @@ from dsv3_jax.interop.names import TensorSpec, published_tensors
 from dsv3_jax.interop.store import Bounds, Store, row_blocks
 from dsv3_jax.interop.tree import TreeStore
 from dsv3_jax.mesh import shardings
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import split_model
 
 Part = tuple[tuple[int, ...], int | None]
 """Of a stacked array: layer and expert, and which half of the last dimension."""
@@ -48,7 +47,7 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
     for spec in specs:
         if spec.copy_of is None and spec.scale_of is None:
             by_path.setdefault(spec.place.path, {})[spec.place.at, spec.place.half] = spec
-    params, router_bias = abstract_parameters(store.config)
+    params, router_bias = jax.eval_shape(lambda: split_model(store.config)[1:])
 
     def fill(state: nnx.State) -> nnx.State:
         def one(path: Any, variable: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
@@ -60,14 +59,6 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
         return jax.tree_util.tree_map_with_path(one, state, shardings(state, mesh),
                                                 is_leaf=lambda x: isinstance(x, nnx.Variable))
     return fill(params), fill(router_bias)
-
-
-def abstract_parameters(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
-    """Shapes of (parameters, router biases) of `config`'s model; nothing is allocated."""
-    def make() -> tuple[nnx.State, nnx.State]:
-        _, params, *others = nnx.split(DeepSeekV3(config, nnx.Rngs(0)), nnx.Param, RouterBias)
-        return params, others[0]
-    return jax.eval_shape(make)
 
 
 def _on_devices(shape: tuple[int, ...], sharding: NamedSharding,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
 from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.nn.router import RouterBias
 
 
 class ModelOutput(NamedTuple):
@@ -72,6 +74,23 @@ class DeepSeekV3(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [..., V], float32; serves the main model and every depth."""
         return self.lm_head(hidden_BTD)
+
+
+def split_model(config: ModelConfig, key: jax.Array | int = 0) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, parameters, router biases) of a new model; call under `jit` or `eval_shape` to allocate nothing."""
+    structure, params, *others = nnx.split(DeepSeekV3(config, nnx.Rngs(key)), nnx.Param, RouterBias)
+    return structure, params, others[0]
+
+
+@functools.cache
+def model_structure(config: ModelConfig) -> nnx.GraphDef:
+    """The static half of the model, for `nnx.merge` with parameters and router biases."""
+    structure = []
+
+    def trace() -> None:
+        structure.append(split_model(config)[0])
+    jax.eval_shape(trace)
+    return structure[0]
 
 
 def _embed(table: Embedding, tokens: jax.Array, depth: int) -> list[jax.Array]:

@@ -93,7 +93,12 @@ def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Arra
 
 
 def expert_tile(rows_per_expert: float) -> int:
-    """The power of two, up to LARGEST_TILE, that pads balanced experts by about an eighth."""
+    """The power of two, up to LARGEST_TILE, that pads balanced experts by about an eighth.
+
+    Where most experts get nothing and the others one row, as when a few tokens are decoded, rows are not padded.
+    """
+    if rows_per_expert < 0.5:
+        return 1
     tile = 8
     while tile < LARGEST_TILE and 4 * tile < rows_per_expert:
         tile *= 2

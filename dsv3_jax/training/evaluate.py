@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import batch_sharding
 from dsv3_jax.nn.block import gathered
+from dsv3_jax.nn.model import model_structure
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
-from dsv3_jax.training.state import TrainState, model_structure
+from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import weights_for_compute
 from dsv3_jax.training.tokens import TokenSplit
 
@@ -28,7 +29,7 @@ class Evaluator:
         self._mesh, self._split = mesh, split
         self._rows = config.batch.micro_batch
         self._inputs, self._weights = validation_windows(split.tokens, config.batch.sequence_length, 1)
-        structure = model_structure(config)
+        structure = model_structure(config.model)
 
         def total_nll(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, weights: jax.Array) -> jax.Array:
             model = nnx.merge(structure, weights_for_compute(params, config), router_bias)

@@ -16,9 +16,9 @@ from dsv3_jax.inference.cache import CacheFormat, LatentCache
 from dsv3_jax.inference.forward import decode
 from dsv3_jax.inference.storage import EntryLayout
 from dsv3_jax.nn.block import gathered
+from dsv3_jax.nn.model import model_structure
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
-from dsv3_jax.training.state import model_structure
 from dsv3_jax.training.step import weights_for_compute
 from dsv3_jax.training.tokens import TokenSplit
 
@@ -51,7 +51,7 @@ def cached_quality(config: RunConfig, params: nnx.State, router_bias: nnx.State,
       allocated, over the tokens of its rows.
     """
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_window=choice.window))
-    length, structure = config.batch.sequence_length, model_structure(config)
+    length, structure = config.batch.sequence_length, model_structure(config.model)
     chunk = math.gcd(length, CHUNK)
 
     def empty() -> LatentCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -13,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import shardings
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import split_model
 from dsv3_jax.training.optimizer import make_optimizer
 
 
@@ -36,27 +34,9 @@ class TrainState:
     """Key for whatever draws random numbers while training (samples of text)."""
 
 
-def split_model(config: RunConfig, key: jax.Array | None = None) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(structure, parameters, router biases) of a new model; call under `jit` or `eval_shape` to allocate nothing."""
-    key = jax.random.key(config.seed) if key is None else key
-    structure, params, *others = nnx.split(DeepSeekV3(config.model, nnx.Rngs(key)), nnx.Param, RouterBias)
-    return structure, params, others[0]
-
-
-@functools.cache
-def model_structure(config: RunConfig) -> nnx.GraphDef:
-    """The static half of the model, for `nnx.merge`."""
-    structure = []
-
-    def trace() -> None:
-        structure.append(split_model(config)[0])
-    jax.eval_shape(trace)
-    return structure[0]
-
-
 def new_state(config: RunConfig) -> TrainState:
     """A fresh state, unplaced. The same seed gives the same weights on every mesh."""
-    return _state_of(config, *split_model(config)[1:])
+    return _state_of(config, *split_model(config.model, jax.random.key(config.seed))[1:])
 
 
 def _state_of(config: RunConfig, params: nnx.State, router_bias: nnx.State) -> TrainState:

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import batch_sharding, gather_for_compute
+from dsv3_jax.nn.model import model_structure
 from dsv3_jax.precision.recipe import compute_weights
 from dsv3_jax.training.loss import Losses, training_losses
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.state import TrainState, abstract_state, model_structure, state_shardings
+from dsv3_jax.training.state import TrainState, abstract_state, state_shardings
 
 
 class _Told(NamedTuple):
@@ -46,7 +47,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
     tokens is int32 [batch.micro_batches, micro_batch, T + 1 + depth]; the first `micro_batches` (int32 scalar) of them
     are used, so that a growing batch needs no second program. settings is a `StepSettings` of float32 scalars.
     """
-    structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
+    structure, optimizer = model_structure(config.model), make_optimizer(config.optimizer)
 
     def loss(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
              settings: StepSettings) -> tuple[jax.Array, _Told]:

@@ -33,8 +33,8 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
       backend: None picks by the platform that the program is compiled for, which need not be the one it is traced on.
         On TPU v5p that is `ragged_dot`, a ragged kernel there. Elsewhere XLA multiplies every row with every group, so
         it is what works tile by tile: on other TPUs JAX's `megablox`, on NVIDIA the Hopper kernels, if they serve the
-        shape and card; else a loop over aligned tiles. Where none of these can, the reference on CPU and `ragged_dot`
-        on accelerators.
+        shape and card; else a loop over aligned tiles, or over rows where they are fewer than groups. Where none of
+        these can, the reference on CPU and `ragged_dot` on accelerators.
 
     Returns:
       [P, F] in rows' dtype, accumulated in float32; zero past the last group.
@@ -46,7 +46,7 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
     chex.assert_equal(rows_PD.dtype, weights_EDF.dtype)
     chex.assert_shape(group_sizes_E, (weights_EDF.shape[0],))
     _, width, inner = weights_EDF.shape
-    shape = _Shape(rows_PD.shape[0], width, inner, alignment, rows_PD.dtype)
+    shape = _Shape(rows_PD.shape[0], weights_EDF.shape[0], width, inner, alignment, rows_PD.dtype)
     if backend == "hopper" and not shape.fits_hopper:
         raise ValueError(f"no Hopper kernel for {shape}: it needs {_HOPPER_NEEDS}; backend=None takes one that serves")
     return _grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape, backend)
@@ -56,6 +56,7 @@ class _Shape(NamedTuple):
     """What the choice of a backend depends on."""
 
     rows: int
+    groups: int
     width: int
     inner: int
     alignment: int
@@ -95,7 +96,8 @@ def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array)
     """`run(name, *operands)` with the backend of that name, or the one that the platform takes."""
     if backend is not None:
         return run(backend, *operands)
-    aligned: Backend | None = "tiled" if shape.alignment > 1 else None
+    loops = shape.alignment > 1 or shape.rows <= shape.groups
+    aligned: Backend | None = "tiled" if loops else None
     on_nvidia: Backend = "hopper" if shape.fits_hopper and _nvidia_is_hopper() else aligned or "ragged_dot"
     on_tpu: Backend = ("ragged_dot" if _tpu_is_v5p() else
                        "megablox" if _megablox_serves(shape) else aligned or "ragged_dot")

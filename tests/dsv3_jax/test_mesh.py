@@ -24,8 +24,8 @@ from dsv3_jax.mesh import (
     make_mesh,
     partition_spec,
 )
+from dsv3_jax.nn.model import split_model
 from dsv3_jax.presets import RUNS
-from dsv3_jax.training.state import split_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def test_wrong_names_are_refused():
 def test_storage_spreads_every_large_weight_of_v3_over_the_paper_cluster(sizes):
     """2,048 GPUs: no weight of more than a million values is held whole by a device."""
     mesh = _mesh(*sizes)
-    params = jax.eval_shape(lambda: split_model(RUNS["deepseek_v3"])[1])
+    params = jax.eval_shape(lambda: split_model(RUNS["deepseek_v3"].model)[1])
     for path, weight in nnx.to_flat_state(params):
         shape = weight.get_value().shape
         spec = partition_spec(weight.get_metadata("axes"), shape, STORAGE, mesh)

@@ -13,8 +13,8 @@ from flax import nnx
 
 from dsv3_jax.codesign.pods import default_mesh, parse_pod
 from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, axes_of, mesh_shape, partition_spec
+from dsv3_jax.nn.model import split_model
 from dsv3_jax.presets import LAYOUTS, RUNS
-from dsv3_jax.training.state import split_model
 
 PATH = Path(__file__).with_name("shardings.txt")
 PODS = {**dict.fromkeys(("quickstart", "quickstart_gqa", "quickstart_mqa"), "h100:1x8"), "tiny": "h100:2x4"}
@@ -30,7 +30,7 @@ def lines() -> Iterator[str]:
         sizes = mesh_shape(mesh_config, pod.devices)
         mesh = jax.sharding.AbstractMesh(sizes, AXES)
         yield f"{name} on {pod}: " + " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        params = jax.eval_shape(lambda run=run: split_model(run)[1])
+        params = jax.eval_shape(lambda run=run: split_model(run.model)[1])
         for path, weight in nnx.to_flat_state(params):
             shape, axes = weight.get_value().shape, weight.get_metadata("axes")
             stored, used = (_axes(partition_spec(axes, shape, table, mesh)) for table in (STORAGE, COMPUTE))

@@ -17,7 +17,7 @@ from dsv3_jax.presets import MODELS
 from tests import oracle
 from tests.weights import model_from_oracle
 
-# Two prediction modules, whose drafts random weights reject: each step goes back on entries of a ring of 3 + 4.
+# Two prediction modules, whose drafts random weights reject: each step goes back on entries of a ring of 3 + 2.
 CONFIG = dataclasses.replace(MODELS["tiny"], num_hidden_layers=2, num_nextn_predict_layers=2, attention="mqa",
                              head_dim=16, attention_window=3)
 PROMPTS = [np.array(p) for p in ([5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9])]

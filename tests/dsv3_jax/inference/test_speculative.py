@@ -98,6 +98,27 @@ def test_greedy_tokens_are_the_plain_ones_and_drafts_the_modules_own(config, str
         assert generation.tokens_per_step == pytest.approx(19 / 10)
 
 
+def test_the_modules_caches_hold_what_the_whole_text_gives():
+    """After steps that kept all, some and no drafts. Of the last K + 1 positions the next step writes entries anew."""
+    weights, kept = _agreeing(TWO_DEPTHS, 0.1), set()
+    generator, prepared = _generator(TWO_DEPTHS, weights, True)
+    rows = sampling_rows([GREEDY] * len(PROMPTS))
+    state, first = generator._start(prepared, PROMPTS, 30, rows)
+    texts = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, first, strict=True)]
+    for _ in range(9):
+        state, tokens, counts = generator._step(prepared, state, np.ones(len(PROMPTS), bool), rows)
+        texts = [[*text, *new[:count]] for text, new, count in zip(texts, tokens, counts, strict=True)]
+        kept |= set(counts.tolist())
+    assert kept == {1, 2, 3}
+    whole, _ = generator._start(prepared, [np.array(text) for text in texts], 1, rows)
+    layers = slice(TWO_DEPTHS.num_hidden_layers, None)
+    got, want = (np.asarray(s.cache.storage.values_LBNW[layers]) for s in (state, whole))
+    for row, text in enumerate(texts):
+        sure = len(text) - 1 - (TWO_DEPTHS.num_nextn_predict_layers + 1)
+        # float32 sums in another order: prefill attends among the prompt, decoding to the cache by absorbed weights.
+        np.testing.assert_allclose(got[:, row, :sure], want[:, row, :sure], rtol=0, atol=1e-5 * np.abs(want).max())
+
+
 def test_acceptance_changes_with_the_prediction_weights_and_the_text_does_not():
     weights = _agreeing(TINY, 0.0)
     right = _generation(TINY, weights, True, 12)

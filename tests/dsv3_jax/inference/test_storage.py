@@ -47,10 +47,10 @@ def test_bytes_of_an_entry_by_hand(config, kind, entry):
 
 
 def test_a_window_is_all_that_is_allocated():
-    """And 2K entries more for K prediction modules, whose drafts may be rejected."""
+    """And K entries more for K prediction modules."""
     config = dataclasses.replace(V3, attention_window=128)
     assert _bytes(config, 3, 4096, "bf16") == 3 * 128 * 70_272
-    assert cached_entries(config, 4096) == 130
+    assert cached_entries(config, 4096) == 129
     assert cached_entries(config, 100, mtp=False) == 100
 
 

@@ -23,8 +23,7 @@ from dsv3_jax.interop.convert import open_store
 from dsv3_jax.interop.load import load
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn import router
-from dsv3_jax.nn.model import DeepSeekV3
-from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.nn.model import DeepSeekV3, model_structure
 from tests import oracle
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "hugging_face"
@@ -85,7 +84,7 @@ def load_published(folder: Path, masked_group_score: str) -> tuple[ModelConfig, 
     store = open_store(folder)
     config = dataclasses.replace(store.config, masked_group_score=masked_group_score)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    structure = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+    structure = model_structure(config)
     return config, nnx.merge(structure, *load(store, mesh))
 
 

@@ -16,7 +16,7 @@ from dsv3_jax.interop import store
 from dsv3_jax.interop.convert import convert, open_store
 from dsv3_jax.interop.load import LiveWeights, load
 from dsv3_jax.mesh import make_mesh
-from dsv3_jax.nn.model import DeepSeekV3
+from dsv3_jax.nn.model import model_structure
 from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.presets import MODELS, RUNS
 from dsv3_jax.training.schedule import Position
@@ -149,7 +149,7 @@ def test_published_to_live_and_back_bit_for_bit(fmt, mesh, tmp_path):
 
 
 def _logits(config, mesh, params, router_bias, tokens):
-    structure = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))), nnx.Param, RouterBias)[0]
+    structure = model_structure(config)
 
     def run(params, router_bias, tokens):
         model = nnx.merge(structure, params, router_bias)
