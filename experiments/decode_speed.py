@@ -88,7 +88,6 @@ def bytes_per_step(config: ModelConfig, precision: Precision, batch: int, length
 
 def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
     """All measurements, as plain values; times are medians."""
-    runtime.start(MeshConfig(data=1))
     bandwidth = read_bandwidth()
     generator = Generator(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), precision=arguments.precision)
     weights = generator.prepare(*_random_weights(config))
@@ -262,6 +261,7 @@ def main() -> None:
         raise ConfigError(f"--model {arguments.model} has model.attention ({config.attention}): the parts of a step "
                           "are timed for mla; choose another preset")
     with standard_output_for_json(arguments.json) as write_json:
+        runtime.start(MeshConfig(data=1))
         result = {"about": _about(arguments, config), **measure(config, arguments)}
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
