@@ -100,12 +100,12 @@ def _shards(folder: Path) -> list[Path]:
         if not found:
             raise ConfigError(f"{folder} has no safetensors files")
         return found
-    named = _weight_map(folder)
-    for tensor, file in named.items():
+    named = {file: tensor for tensor, file in _weight_map(folder).items()}  # one tensor of each file
+    for file, tensor in named.items():
         if not (folder / file).is_file():
             raise ConfigError(f"{folder / INDEX} says that tensor {tensor} is in {file}, which is missing: fetch "
                               f"{folder / file}")
-    return sorted({folder / file for file in named.values()})
+    return sorted({folder / file for file in named})
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:
@@ -119,8 +119,9 @@ def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
     if not (folder / INDEX).exists():
         return
     named = _weight_map(folder)
+    paths = {file: folder / file for file in set(named.values())}
     for name, file in named.items():
-        if name not in tensors or tensors[name].file != folder / file:
+        if name not in tensors or tensors[name].file != paths[file]:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "it is missing"
             raise ConfigError(f"{folder / INDEX} says that tensor {name} is in {folder / file}, but {where}: fetch "
                               "both again")
