@@ -63,7 +63,9 @@ def convert(store: Store, target: Path, kind: Kind, fmt: Format | Literal["same"
     """Writes all tensors of `store` into the new folder `target`, with config.json and the files beside it.
 
     Tensors whose type does not change are copied bit for bit. In memory is one block of rows (`BLOCK_ELEMENTS`), and
-    one float32 matrix if the store is a training checkpoint.
+    one float32 matrix if the store is a training checkpoint; for TensorStore's commits and copies less than 128 MB; and
+    for every tensor up to 2 kB, its names, shapes and places in the store, the target and the table between them. With
+    the 91,991 tensors of V3 in float8 that was 110 MB to open an Orbax folder, and 202 MB at most in a conversion.
 
     Args:
       fmt: "same" copies; another format converts through float32.

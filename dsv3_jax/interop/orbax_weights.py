@@ -19,13 +19,15 @@ import numpy as np
 import tensorstore
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop.orbax_files import OrbaxArrays, context
+from dsv3_jax.interop.orbax_files import OrbaxArrays, context, database
 from dsv3_jax.interop.published_config import model_from_published, read_json
 from dsv3_jax.interop.store import Bounds, Store, block_rows, companions_of
 
 ITEM = "weights"
 _COMMIT_BYTES = 16 << 20
 """Bytes that wait in memory for a commit; each commit writes the database's index again."""
+_PENDING_BYTES = 16 << 10
+"""What TensorStore holds for a write beside its rows."""
 # Small nodes, since every commit writes those on its path. The database itself says so to its readers.
 _LAYOUT = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 1 << 18}
 
@@ -65,7 +67,7 @@ class OrbaxWriter:
         self._folder.mkdir()
         self._began = time.time_ns()
         self._context = context()
-        self._database = {"driver": "ocdbt", "base": f"file://{self._folder.absolute()}/", "config": _LAYOUT}
+        self._database = {**database(self._folder, new=True), "config": _LAYOUT}
         self._transaction, self._waiting = tensorstore.Transaction(), 0
         self._left = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in tensors.values())
 
@@ -80,7 +82,7 @@ class OrbaxWriter:
         array = tensorstore.open(spec, open=True, create=True, context=self._context,
                                  transaction=self._transaction).result()
         array[first_row:first_row + len(rows)].write(rows).result()
-        self._waiting += rows.nbytes
+        self._waiting += rows.nbytes + _PENDING_BYTES
         self._left -= rows.nbytes
         if self._waiting >= _COMMIT_BYTES:
             self._commit()
@@ -98,18 +100,23 @@ class OrbaxWriter:
         self._commit()
         if self._left:
             raise RuntimeError(f"{self._left} bytes of the tensors were not written")
-        tree = {str((name,)): {"key_metadata": [{"key": name, "key_type": 2}],
-                               "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False}}
-                for name in self._tensors}
-        self._json("_METADATA", {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False,
-                                 "store_array_data_equal_to_fill_value": True, "custom_metadata": None})
+        self._describe()
         handler = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
-        self._json("_CHECKPOINT_METADATA", {
+        (self._folder / "_CHECKPOINT_METADATA").write_text(json.dumps({
             "item_handlers": handler, "metrics": {}, "performance_metrics": {}, "custom_metadata": {},
-            "init_timestamp_nsecs": self._began, "commit_timestamp_nsecs": time.time_ns()})
+            "init_timestamp_nsecs": self._began, "commit_timestamp_nsecs": time.time_ns()}))
 
-    def _json(self, name: str, value: object) -> None:
-        (self._folder / name).write_text(json.dumps(value))
+    def _describe(self) -> None:
+        """Writes the tree's description, tensor by tensor: of many tensors it would be large in memory."""
+        about = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True,
+                 "custom_metadata": None}
+        with (self._folder / "_METADATA").open("w") as file:
+            file.write(json.dumps(about)[:-1] + ', "tree_metadata": {')
+            for number, name in enumerate(self._tensors):
+                entry = {"key_metadata": [{"key": name, "key_type": 2}],
+                         "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False}}
+                file.write(f'{", " if number else ""}{json.dumps(str((name,)))}: {json.dumps(entry)}')
+            file.write("}}")
 
     def close(self) -> None:
         """Drops what was not committed; also after an error."""

@@ -15,11 +15,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.interop import safetensors_writer, store
 from dsv3_jax.interop.convert import convert, open_store
 from dsv3_jax.interop.float8 import dequantise, quantise
+from dsv3_jax.interop.orbax_files import OrbaxArrays
+from dsv3_jax.interop.orbax_weights import OrbaxWriter
 from dsv3_jax.interop.safetensors_folder import SafetensorsFolder
 from dsv3_jax.presets import MODELS
 from tests import oracle
@@ -258,6 +261,29 @@ def test_orbax_faults(how, tmp_path):
     for word in [str(folder / "weights"), *words]:
         assert word in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def _bytes_read():
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def test_many_small_tensors(tmp_path):
+    """Opening reads the index about once, not for every tensor; writing commits by the number of tensors too."""
+    tensors = {f"{i}": ((2, 2), np.dtype(np.float32)) for i in range(2500)}
+    writer = OrbaxWriter(tmp_path, tensors)
+    for i in range(2500):
+        writer.write(f"{i}", 0, np.full((2, 2), i, np.float32))
+    assert len(list((tmp_path / "weights" / "d").glob("*"))) > 1, "all writes wait in memory"
+    writer.finish()
+    size = sum(path.stat().st_size for path in (tmp_path / "weights" / "d").iterdir())
+    before = _bytes_read()
+    arrays = OrbaxArrays(tmp_path / "weights")
+    assert len(arrays.arrays) == 2500
+    assert 0 < _bytes_read() - before < 3 * size
+    for i in range(0, 2500, 5):  # more than stay open
+        assert arrays.read(f"{i}", ((1, 2), (0, 2))).tolist() == [[i, i]]
+    assert _bytes_read() - before < 6 * size
 
 
 @pytest.mark.parametrize("kind", ["published", "orbax"])

@@ -222,9 +222,8 @@ def test_a_runs_checkpoint_is_a_store(chunked, tmp_path, monkeypatch):
     _equal(restored.params, state.params)
     checkpoints.close()
     if chunked:
-        arrays = open_store(tmp_path / "run")._arrays
-        arrays.read("params/moe_layers/mlp/experts/gate_up_proj/value", ((0, 1),) * 4)
-        chunk = arrays._open["params/moe_layers/mlp/experts/gate_up_proj/value"].chunk_layout.read_chunk.shape
+        array = open_store(tmp_path / "run")._arrays._open("params/moe_layers/mlp/experts/gate_up_proj/value")
+        chunk = array.chunk_layout.read_chunk.shape
         assert chunk[:2] == (1, 1)
     for ema, expected in ((False, state.params), (True, state.ema)):
         params, router_bias = load(open_store(tmp_path / "run", 7, ema), mesh)
