@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import ConfigError, ModelConfig
@@ -23,6 +24,7 @@ from dsv3_jax.nn.model import split_model
 
 Part = tuple[tuple[int, ...], int | None]
 """Of a stacked array: layer and expert, and which half of the last dimension."""
+_NO_ROW = np.iinfo(np.int32).max
 
 
 def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_copies: bool = False,
@@ -30,7 +32,7 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
     """(parameters, router biases) of `store`, laid out like a new training state on `mesh`.
 
     A device's part of an array is assembled on the host from the slices of published tensors that lie in it, and
-    handed over before the next is begun. Processes of a run each read what their devices hold.
+    handed over before the next is begun. Every process of a run must load; each reads what its devices hold.
 
     Args:
       dtype: of the parameters; float8 is multiplied by its scales in float32 first. Norms, routers and biases are
@@ -108,21 +110,32 @@ def _copy(store: Store, spec: TensorSpec, ours: Bounds, out: np.ndarray) -> None
 
 
 def _check_copies(store: Store, specs: tuple[TensorSpec, ...], allow: bool, say: Callable[[str], None]) -> None:
-    """Compares repeated tensors with the main ones; the processes of a run share the rows."""
-    for spec in specs:
-        if spec.copy_of is None:
+    """Compares repeated tensors with the main ones."""
+    copies = [spec for spec in specs if spec.copy_of is not None]
+    for spec, row in zip(copies, _first_differences(store, copies), strict=True):
+        if row == _NO_ROW:
             continue
+        message = (f"{store.where}: tensor {spec.name} differs from {spec.copy_of} (first in row {row}), and the model "
+                   "here holds it once")
+        if not allow:
+            raise ConfigError(f"{message}: fetch the model again, or allow it, to use {spec.copy_of} for both")
+        say(f"WARNING: {message}; using {spec.copy_of} for both")
+
+
+def _first_differences(store: Store, copies: list[TensorSpec]) -> np.ndarray:
+    """int32: the first row of each that is not as in the main tensor, or _NO_ROW.
+
+    The processes of a run share the rows, and tell each other: if one stopped alone, the others would wait for it.
+    """
+    first = np.full(len(copies), _NO_ROW, np.int32)
+    for i, spec in enumerate(copies):
         for rows in itertools.islice(row_blocks(spec.shape), jax.process_index(), None, jax.process_count()):
-            copy, main = store.read(spec.name, (rows,)), store.read(spec.copy_of, (rows,))
+            copy, main = store.read(spec.name, (rows,)), store.read(str(spec.copy_of), (rows,))
             different = np.flatnonzero((copy != main).any(axis=tuple(range(1, copy.ndim))))
-            if len(different) == 0:
-                continue
-            message = (f"{store.where}: tensor {spec.name} differs from {spec.copy_of} (first in row "
-                       f"{rows.start + different[0]}), and the model here holds it once")
-            if not allow:
-                raise ConfigError(f"{message}: fetch the model again, or allow it, to use {spec.copy_of} for both")
-            say(f"WARNING: {message}; using {spec.copy_of} for both")
-            break
+            if len(different):
+                first[i] = rows.start + different[0]
+                break
+    return multihost_utils.process_allgather(first).min(axis=0) if jax.process_count() > 1 and copies else first
 
 
 class LiveWeights(TreeStore):
