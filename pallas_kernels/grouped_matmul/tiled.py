@@ -2,6 +2,12 @@
 
 XLA on CPU lowers `ragged_dot` to a product of every row with every group (3 GFLOP/s useful on two cores, measured with
 32 groups of 256 rows, D=256, F=128); this loop reaches 96 GFLOP/s on the same shapes.
+
+With few rows a group, as in decoding, it is bound by memory, and reads a group's matrix twice: XLA copies it out of the
+stack before it multiplies. For one row and a matrix of 1 MB, of which the floor is 46 us: 106 us in all, 95 of them the
+copy. What was tried against that, in us: all matrices gathered, then a batched product 344; a product and sum that XLA
+fuses with the copy 149; a branch for each matrix of the stack 109; a branch for each of 32 separate arrays 77, which
+would take as many branches as a layer has experts.
 """
 
 from __future__ import annotations
