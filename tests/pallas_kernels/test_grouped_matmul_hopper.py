@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul
 
 CASES = {
@@ -30,7 +31,7 @@ CASES = {
 @pytest.fixture
 def runnable(monkeypatch):
     """Three multiprocessors, so that each walks over several tiles and some over none."""
-    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 3)
     if getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
         yield
         return
