@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import ragged_dot, reference, tiled
+from pallas_kernels.targets import nvidia_is_hopper
 
 Backend = Literal["reference", "tiled", "ragged_dot", "hopper", "megablox"]
 
@@ -98,7 +98,7 @@ def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array)
         return run(backend, *operands)
     loops = shape.alignment > 1 or shape.rows <= shape.groups
     aligned: Backend | None = "tiled" if loops else None
-    on_nvidia: Backend = "hopper" if shape.fits_hopper and _nvidia_is_hopper() else aligned or "ragged_dot"
+    on_nvidia: Backend = "hopper" if shape.fits_hopper and nvidia_is_hopper() else aligned or "ragged_dot"
     on_tpu: Backend = ("ragged_dot" if _tpu_is_v5p() else
                        "megablox" if _megablox_serves(shape) else aligned or "ragged_dot")
     if on_nvidia != "hopper":
@@ -119,17 +119,6 @@ def _tpu_is_v5p() -> bool:
 def _megablox_serves(shape: _Shape) -> bool:
     """Whether `megablox` computes the product and both gradients."""
     return _module("megablox").serves(shape.rows, shape.dtype)
-
-
-def _nvidia_is_hopper() -> bool:
-    """Whether to compile for Hopper when compiling for NVIDIA: so says the mesh, or else the GPU at hand.
-
-    Where there is neither, the program is lowered for elsewhere, and Hopper is what these models are for.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "gpu":
-        return re.search(r"\bG?H\d+", device.device_kind) is not None
-    return getattr(jax.devices()[0], "compute_capability", "9.0").startswith("9.")
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array
     return jax.lax.fori_loop(0, used, body, jnp.zeros((rows_PD.shape[0], weights_EDF.shape[2]), rows_PD.dtype))
 
 
-def _weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
+def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
     """x^T dy of each group, float32 [E, D, F]."""
     used, group_of_tile = tiles_of_groups(group_sizes_E, rows_PD.shape[0], tile)
 
@@ -50,5 +50,5 @@ def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Arr
               tile: int) -> tuple[jax.Array, jax.Array]:
     """With respect to rows and weights."""
     d_rows = product(grads_PF, jnp.swapaxes(weights_EDF, 1, 2), group_sizes_E, tile)
-    d_weights = _weight_gradient(rows_PD, grads_PF, group_sizes_E, tile)
+    d_weights = weight_gradient(rows_PD, grads_PF, group_sizes_E, tile)
     return d_rows, d_weights.astype(weights_EDF.dtype)
