@@ -39,3 +39,21 @@ def difference(got, want: np.ndarray) -> float:
 
 LIMITS = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
 """One rounding to bfloat16 gives 3e-6 at most (2^-9 relative, squared, halved); float32 sums 1e-13."""
+
+
+def grouped_case(sizes: list[int], total: int, columns: int) -> tuple[Quantised, Quantised, tuple[Quantised, Quantised],
+                                                                      np.ndarray, np.ndarray]:
+    """(rows, weights, tokens of both sides of a gradient, product, gradient); what lies past the groups is NaN."""
+    rng = np.random.default_rng(2)
+    groups, used = len(sizes), sum(sizes)
+    x, w = quantise(rng.normal(size=(total, 256))), quantise(rng.normal(size=(groups, columns, 256)), 128)
+    tokens = quantise(rng.normal(size=(128, total))), quantise(rng.normal(size=(64, total)))
+    product, gradient = np.zeros((total, columns)), np.zeros((groups, 128, 64))
+    for e, end in enumerate(np.cumsum(sizes)):
+        part = slice(end - sizes[e], end)
+        product[part] = dequantised(x)[part] @ dequantised((w[0][e], w[1][e]), 128).T
+        gradient[e] = dequantised(tokens[0])[:, part] @ dequantised(tokens[1])[:, part].T
+    x[0][used:] = x[1][used:] = np.nan
+    for values, scales in tokens:
+        values[:, used:] = scales[:, used // 128:] = np.nan
+    return x, w, tokens, product, gradient

@@ -17,7 +17,7 @@ from pallas_kernels import hopper, tuning
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_wgrad import fp8_wgrad
 from pallas_kernels.grouped_fp8_matmul import grouped_fp8_matmul, grouped_fp8_wgrad
-from tests.pallas_kernels.fp8_cases import LIMITS, dequantised, difference, quantise
+from tests.pallas_kernels.fp8_cases import LIMITS, dequantised, difference, grouped_case, quantise
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +71,7 @@ def test_weight_gradient(monkeypatch, rows, columns, terms, tile, slots, dtype, 
 @pytest.mark.parametrize(("sizes", "total"), [([256, 0, 128], 512), ([0, 0], 128), ([0, 256], 256)], ids=str)
 def test_groups(monkeypatch, sizes, total):
     take(monkeypatch, (128, 64), 2)
-    rng = np.random.default_rng(2)
-    groups, used = len(sizes), sum(sizes)
-    x = quantise(np.where(np.arange(total)[:, None] < used, rng.normal(size=(total, 256)), 0))
-    w = quantise(rng.normal(size=(groups, 192, 256)), 128)
-    tokens = [quantise(rng.normal(size=(size, total))) for size in (128, 64)]
-    x[0][used:] = x[1][used:] = np.nan
-    for values, scales in tokens:
-        values[:, used:] = scales[:, used // 128:] = np.nan
-    product, gradient = np.zeros((total, 192)), np.zeros((groups, 128, 64))
-    for e, end in enumerate(np.cumsum(sizes)):
-        part = slice(end - sizes[e], end)
-        product[part] = dequantised(x)[part] @ dequantised((w[0][e], w[1][e]), 128).T
-        gradient[e] = dequantised(tokens[0])[:, part] @ dequantised(tokens[1])[:, part].T
+    x, w, tokens, product, gradient = grouped_case(sizes, total, columns=192)
     group_sizes = jnp.asarray(sizes, jnp.int32)
     got = grouped_fp8_matmul(*map(jnp.asarray, (*x, *w)), group_sizes, backend="hopper")
     assert difference(got, product) < LIMITS[jnp.bfloat16]

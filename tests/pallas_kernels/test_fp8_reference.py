@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_wgrad import fp8_wgrad
 from pallas_kernels.grouped_fp8_matmul import grouped_fp8_matmul, grouped_fp8_wgrad
-from tests.pallas_kernels.fp8_cases import LIMITS, dequantised, difference, quantise
+from tests.pallas_kernels.fp8_cases import LIMITS, dequantised, difference, grouped_case, quantise
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -45,27 +45,11 @@ def test_weight_gradient(rows, columns, terms, magnitude, dtype):
 @pytest.mark.parametrize("sizes", [[256, 0, 128], [0, 0, 384], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_groups(sizes, dtype):
-    """Rows past the last group are NaN and must stay out."""
-    rng = np.random.default_rng(2)
-    used = sum(sizes)
-    x, w = rng.normal(size=(512, 256)), rng.normal(size=(3, 200, 256))
-    qx, qw = quantise(x), quantise(w, 128)
-    qx[0][used:] = np.nan
+    x, w, tokens, product, gradient = grouped_case(sizes, 512, columns=200)
     groups = jnp.asarray(sizes, jnp.int32)
-    got = grouped_fp8_matmul(*map(jnp.asarray, (*qx, *qw)), groups, dtype=dtype)
-    want = np.zeros((512, 200))
-    dx, dw = dequantised(qx), dequantised(qw, 128)
-    tokens = quantise(np.ascontiguousarray(x.T)), quantise(rng.normal(size=(64, 512)))
-    for values, _ in tokens:
-        values[:, used:] = np.nan
-    left, right = (dequantised(t) for t in tokens)
-    gradient = np.zeros((3, 256, 64))
-    for e, end in enumerate(np.cumsum(sizes)):
-        part = slice(end - sizes[e], end)
-        want[part] = dx[part] @ dw[e].T
-        gradient[e] = left[:, part] @ right[:, part].T
+    got = grouped_fp8_matmul(*map(jnp.asarray, (*x, *w)), groups, dtype=dtype)
     assert got.dtype == dtype
-    assert difference(got, want) < LIMITS[dtype]
+    assert difference(got, product) < LIMITS[dtype]
     got = grouped_fp8_wgrad(*map(jnp.asarray, (*tokens[0], *tokens[1])), groups, dtype=dtype)
     assert got.dtype == dtype
     assert difference(got, gradient) < LIMITS[dtype]
