@@ -20,7 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 class Problem(Protocol):
-    """What the choice depends on; hashable, and printed in messages."""
+    """What the choice depends on, as messages print it."""
+
+    def __hash__(self) -> int:
+        """A problem's misfits are told once."""
 
     def misfit(self, backend: Backend) -> str:
         """What the backend needs and does not find here; empty if it serves."""

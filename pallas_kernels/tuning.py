@@ -1,9 +1,8 @@
 """Which tile of the output a Hopper float8 kernel takes: measured where it was, else by a rule.
 
 The rule takes the tile with the least predicted time: turns of the whole card times what a tile takes. A step of 128
-terms takes as long as the tensor cores need (8192 multiply-adds and adds a clock), or as its blocks take to arrive from
-L2 (48 bytes a clock, a guess between the datasheet's rate and what is reached); and a tile costs 1500 clocks to start
-and to write. A measurement goes before the rule.
+terms takes as long as the tensor cores need, or as its blocks take to arrive from L2; a tile also takes a while to
+start and to be written. The rates of L2 and of a tile's ends are guesses: a measurement goes before the rule.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pallas_kernels.targets import device_kind
 Operation = Literal["product", "gradient"]
 
 FLOPS_PER_CLOCK, BYTES_PER_CLOCK, CLOCKS_PER_TILE = 8192, 48, 1500
+"""Of a multiprocessor: float8 in its tensor cores, from L2, and outside of a tile's steps."""
 
 _FOR_ANY = ((128, 128), (128, 64), (64, 256), (64, 128), (64, 64))
 CANDIDATES: dict[Operation, tuple[tuple[int, int], ...]] = {"product": ((128, 192), *_FOR_ANY), "gradient": _FOR_ANY}
@@ -66,7 +66,8 @@ def predicted_clocks(operation: Operation, rows: int, columns: int, terms: int, 
     tiles = -(-rows // shape[0]) * -(-columns // shape[1])
     if operation == "gradient":
         tiles, terms = groups * tiles, terms // groups
-    step = max(2 * 128 * shape[0] * shape[1] / FLOPS_PER_CLOCK, 128 * (shape[0] + shape[1]) / BYTES_PER_CLOCK)
+    loaded = 128 * (min(rows, shape[0]) + min(columns, shape[1]))
+    step = max(2 * 128 * shape[0] * shape[1] / FLOPS_PER_CLOCK, loaded / BYTES_PER_CLOCK)
     return -(-tiles // hopper.MULTIPROCESSORS) * (terms / 128 * step + CLOCKS_PER_TILE)
 
 

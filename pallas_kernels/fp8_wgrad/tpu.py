@@ -38,7 +38,8 @@ def _visits(steps_E: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Ar
     group = jnp.minimum(jnp.searchsorted(ends_E, visit, side="right", method="compare_all"), steps_E.shape[0] - 1)
     first_E = jnp.cumsum(steps_E) - steps_E
     step = first_E[group] + visit - (ends_E - visits_E)[group]
-    return tuple(a.astype(jnp.int32) for a in (ends_E[-1:], group, jnp.where(steps_E[group] > 0, step, -1)))
+    step = jnp.where(steps_E[group] > 0, step, -1)
+    return ends_E[-1:].astype(jnp.int32), group.astype(jnp.int32), step.astype(jnp.int32)
 
 
 def _gradient(x_AP: jax.Array, x_scales: jax.Array, y_BP: jax.Array, y_scales: jax.Array, steps_E: jax.Array,

@@ -3,39 +3,24 @@ are not here."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsv3_jax.codesign.hlo import Walk, matrix_flops, parse
 from dsv3_jax.codesign.pods import parse_pod, pod_mesh
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh import on_each_device
 from pallas_kernels.grouped_matmul import grouped_matmul
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.pallas_kernels.compiling import H100, backends, nvidia, print_compiled, run_compilations, shaped
 
 EXPERTS, ROWS = 4, 49_152
 SHAPES = {"gate and up": (7168, 4096), "down": (2048, 7168), "DeepSeek-V2-Lite's down": (1408, 2048)}
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def lowered_step(platform: str, alignment: int, dtype, device=None) -> str:
@@ -57,16 +42,10 @@ def lowered_step(platform: str, alignment: int, dtype, device=None) -> str:
     return jax.jit(jax.grad(loss, (0, 1))).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
-def backends(text: str) -> set[str]:
-    operations = {"mosaic_gpu": "@mosaic_gpu", "megablox": "@tpu_custom_call", "dot_general": "stablehlo.dot_general",
-                  "ragged_dot": "chlo.ragged_dot"}
-    return {name for name, operation in operations.items() if operation in text}
-
-
 @pytest.mark.parametrize(("platform", "alignment", "dtype", "expected"), [
     ("cuda", 128, jnp.bfloat16, "mosaic_gpu"), ("cuda", 8, jnp.bfloat16, "dot_general"),
     ("cuda", 128, jnp.float32, "dot_general"), ("cuda", 1, jnp.bfloat16, "ragged_dot"),
-    ("tpu", 128, jnp.bfloat16, "megablox"), ("tpu", 1, jnp.float32, "megablox"),
+    ("tpu", 128, jnp.bfloat16, "tpu_kernel"), ("tpu", 1, jnp.float32, "tpu_kernel"),
     ("tpu", 8, jnp.float16, "dot_general"), ("tpu", 1, jnp.float16, "ragged_dot"),
     ("cpu", 128, jnp.bfloat16, "dot_general"), ("cpu", 1, jnp.float32, "dot_general")])
 def test_a_platform_gets_its_backend_and_no_other(platform, alignment, dtype, expected):
@@ -104,14 +83,9 @@ def test_says_once_why_the_slow_way(caplog):
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
 def test_compiles_for_h100():
     """No dot, so no dense product; no copy of rows or weights; and no registers spilled. Blackwell has no `wgmma`."""
-    environment = {**os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu",
-                   "MOSAIC_GPU_DUMP_PTXAS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    log = run.stdout + run.stderr
+    results, log = run_compilations(__file__)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == 3 * len(SHAPES)
     assert "C7510" not in log, "ptxas runs wgmma one at a time"
-    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert results[0] == {"blackwell": ["dot_general"]}
     assert len(results) == 1 + 2 * len(SHAPES)
     for result in results[1:]:
@@ -122,17 +96,9 @@ def test_compiles_for_h100():
 
 def compile_for_h100() -> None:
     """Prints what the compiler made of each shape, as lines of JSON."""
-    from jax.experimental import topologies
-
-    def first_device(target: str):
-        return topologies.get_topology_desc(platform="cuda", topology_name="gpu", target_config=target,
-                                            topology="1x1x8").devices[0]
     b200 = H100.replace("major: 9", "major: 10").replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
-    print(json.dumps({"blackwell": sorted(backends(lowered_step("cuda", 128, jnp.bfloat16, first_device(b200))))}))
-    device = first_device(H100)
-
-    def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+    print(json.dumps({"blackwell": sorted(backends(lowered_step("cuda", 128, jnp.bfloat16, nvidia(b200))))}))
+    bf16 = functools.partial(shaped, nvidia(), dtype=jnp.bfloat16)
 
     def forward(rows, weights, sizes):
         return grouped_matmul(rows, weights, sizes, alignment=128)
@@ -140,15 +106,9 @@ def compile_for_h100() -> None:
     def gradients(rows, weights, sizes, cotangent):
         return jax.vjp(lambda x, w: forward(x, w, sizes), rows, weights)[1](cotangent)
     for width, inner in SHAPES.values():
-        operands = shaped(ROWS, width), shaped(EXPERTS, width, inner), shaped(EXPERTS, dtype=jnp.int32)
-        for function, arguments in ((forward, operands), (gradients, (*operands, shaped(ROWS, inner)))):
-            compiled = jax.jit(function).lower(*arguments).compile()
-            text = compiled.as_text()
-            print(json.dumps({
-                "shape": [ROWS, width, inner], "pass": function.__name__,
-                "kernels": text.count('custom_call_target="mosaic_gpu'),
-                "dots": text.count(" dot(") + text.count("gemm"),
-                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}), flush=True)
+        operands = bf16(ROWS, width), bf16(EXPERTS, width, inner), shaped(nvidia(), EXPERTS, dtype=jnp.int32)
+        for function, arguments in ((forward, operands), (gradients, (*operands, bf16(ROWS, inner)))):
+            print_compiled(function, *arguments, **{"pass": function.__name__, "shape": [ROWS, width, inner]})
 
 
 if __name__ == "__main__":
