@@ -12,15 +12,17 @@ Source: DeepSeek-V3 Technical Report, section 3.3.2; "Insights into DeepSeek-V3"
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantise import reference
 from pallas_kernels.quantise.reference import TILE, Tile
+from pallas_kernels.targets import Backend, dispatch
 
-Backend = Literal["reference"]
 Quantised = tuple[jax.Array, jax.Array]
 """Values float8_e4m3fn and scales float32."""
 
@@ -35,19 +37,18 @@ def quantise(x: jax.Array, tile: Tile, *, power_of_two: bool = False, backend: B
       x: [..., M, K] bfloat16 or float32.
       tile: (1, 128), (128, 1), (128, 128), or None for one scale for each matrix.
       power_of_two: scales are powers of two.
-      backend: None picks by the platform that the program is compiled for.
+      backend: None picks by the platform that the program is compiled for: Hopper's or TPU's kernel where it serves,
+        else the reference, and says so once. The kernels read x once; XLA reads it twice for the reference.
 
     Returns:
       values float8_e4m3fn [..., M, K] and scales float32 [..., ceil(M / rows), ceil(K / columns)]; x = value * scale.
 
     Raises:
-      ValueError: another dtype or tile, or fewer than two dimensions.
+      ValueError: another dtype or tile, fewer than two dimensions, or a shape that the named `backend` does not serve.
     """
-    _check(x)
     if tile not in TILES:
         raise ValueError(f"tile {tile} is none of {TILES}")
-    del backend
-    return reference.quantise(x, tile, power_of_two)
+    return _run(x, _Problem("quantise", x.shape, x.dtype, tile, power_of_two), backend)
 
 
 @jax.named_scope("quantise_transposed")
@@ -63,11 +64,9 @@ def quantise_transposed(x_MK: jax.Array, *, power_of_two: bool = False, backend:
       values float8_e4m3fn [..., K, M] and scales float32 [..., K, ceil(M / 128)].
 
     Raises:
-      ValueError: another dtype, or fewer than two dimensions.
+      ValueError: as in `quantise`.
     """
-    _check(x_MK)
-    del backend
-    return reference.quantise_transposed(x_MK, power_of_two)
+    return _run(x_MK, _Problem("quantise_transposed", x_MK.shape, x_MK.dtype, (TILE, 1), power_of_two), backend)
 
 
 @jax.named_scope("quantise_both")
@@ -75,9 +74,7 @@ def quantise_both(x_MK: jax.Array, *, power_of_two: bool = False,
                   backend: Backend | None = None) -> tuple[Quantised, Quantised]:
     """(`quantise` with tile (1, 128), `quantise_transposed`) from one read of x: for the forward product, which sums
     over K, and for the weights' gradient, which sums over M."""
-    _check(x_MK)
-    del backend
-    return reference.quantise_both(x_MK, power_of_two)
+    return _run(x_MK, _Problem("quantise_both", x_MK.shape, x_MK.dtype, (TILE, 1), power_of_two), backend)
 
 
 @jax.named_scope("swiglu_quantise")
@@ -94,13 +91,11 @@ def swiglu_quantise(gate_up: jax.Array, *, power_of_two: bool = False, backend: 
       values float8_e4m3fn [..., P, F] and scales float32 [..., P, ceil(F / 128)].
 
     Raises:
-      ValueError: another dtype, fewer than two dimensions, or an odd width.
+      ValueError: as in `quantise`, or the width is odd.
     """
-    _check(gate_up)
-    if gate_up.shape[-1] % 2:
+    if gate_up.ndim and gate_up.shape[-1] % 2:
         raise ValueError(f"gate and up are halves of the last dimension, which is odd: {gate_up.shape}")
-    del backend
-    return reference.swiglu_quantise(gate_up, power_of_two)
+    return _run(gate_up, _Problem("swiglu_quantise", gate_up.shape, gate_up.dtype, (1, TILE), power_of_two), backend)
 
 
 @jax.named_scope("dequantise")
@@ -110,6 +105,39 @@ def dequantise(values: jax.Array, scales: jax.Array, tile: Tile,
     return reference.dequantise(values, scales, tile, dtype)
 
 
-def _check(x: jax.Array) -> None:
+class _Problem(NamedTuple):
+    """What to do, and all that the choice of a backend depends on."""
+
+    operation: Literal["quantise", "quantise_transposed", "quantise_both", "swiglu_quantise"]
+    shape: tuple[int, ...]
+    dtype: Any
+    tile: Tile
+    power_of_two: bool
+
+    def misfit(self, backend: Backend) -> str:
+        """See `targets.Problem`."""
+        return "" if backend == "reference" else _module(backend).misfit(self.operation, self.shape, self.dtype,
+                                                                         self.tile)
+
+
+def _run(x: jax.Array, problem: _Problem, backend: Backend | None) -> Any:
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.ndim < 2:
         raise ValueError(f"quantise takes bfloat16 or float32 [..., M, K], not {x.dtype} {x.shape}")
+    return dispatch(functools.partial(_compute, problem), problem, backend, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that a model's many equal casts are traced once
+def _compute(problem: _Problem, backend: Backend, x: jax.Array) -> Any:
+    function = getattr(_module(backend), problem.operation)
+    return function(x, *([problem.tile] if problem.operation == "quantise" else []), problem.power_of_two)
+
+
+def _module(backend: Backend) -> ModuleType:
+    """Each has the operations above as `operation(x, [tile,] power_of_two)`, and each but the reference `misfit`."""
+    if backend == "hopper":
+        from pallas_kernels.quantise import gpu  # what a small CPU run need not load
+        return gpu
+    if backend == "tpu":
+        from pallas_kernels.quantise import tpu
+        return tpu
+    return reference

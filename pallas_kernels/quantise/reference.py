@@ -43,7 +43,12 @@ def swiglu_quantise(gate_up: jax.Array, power_of_two: bool) -> tuple[jax.Array, 
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """[..., 2F] -> [..., F]: silu(gate) * up in float32, rounded once to the input's dtype."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return rounded_to(gate / (1 + jnp.exp(-gate)) * up, gate_up.dtype).astype(gate_up.dtype)
+    return rounded_to(silu_times(gate, up), gate_up.dtype).astype(gate_up.dtype)
+
+
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """In float32, written out so that every backend takes the same steps."""
+    return gate / (1 + jnp.exp(-gate)) * up
 
 
 def rounded_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -105,6 +110,22 @@ def scale_and_inverse(largest: jax.Array, power_of_two: bool, limit: float = E4M
         scale, inverse = (jax.lax.bitcast_convert_type(e << 23, jnp.float32) for e in (biased, 254 - biased))
     else:
         scale = jnp.maximum(jax.lax.bitcast_convert_type(largest, jnp.float32) * np.float32(1 / limit), SMALLEST_SCALE)
-        inverse = 1 / scale
+        inverse = nearest_inverse(scale, 1 / scale)
     finite = largest < bits(np.inf)
     return jnp.where(finite, scale, jnp.nan), jnp.where(finite, inverse, jnp.nan)
+
+
+def nearest_inverse(number: jax.Array, guess: jax.Array) -> jax.Array:
+    """1 / number to the nearest, from a guess that is two units in the last place off at most, for normal float32.
+
+    A GPU and a TPU divide only about so well, and two backends shall not differ in a value that lies between two codes.
+    """
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+    fraction = bits(number) & 0x7FFFFF | 0x800000
+    exponent = (252 - (bits(number) >> 23)) << 23
+    inverse = bits(guess) - exponent  # a 24-bit integer, to be nearest to 2^47 / fraction
+    for _ in range(2):
+        twice_missing = -2 * fraction * inverse  # 2 * (2^47 - fraction * inverse): it is small, and int32 wraps
+        inverse += (twice_missing > fraction).astype(jnp.int32) - (twice_missing < -fraction).astype(jnp.int32)
+    return jax.lax.bitcast_convert_type(inverse + exponent, jnp.float32)
