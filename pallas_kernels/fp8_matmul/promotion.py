@@ -58,6 +58,7 @@ def _add(tile: Tile, width: int, columns_have_scales: bool, ring: Ring, place: P
 
         def multiply(acc: Ref) -> tuple:
             plgpu.wgmma(acc, x.at[pl.ds(row, rows)], w.at[pl.ds(column, columns)].transpose((1, 0)))
+            plgpu.wgmma_wait(1)  # waits for nothing, and keeps what follows from coming between the instructions
             down = x_scales[pl.ds(row, rows)]
             across = [w_scales[0][pl.ds(column, width)]] if columns_have_scales else blocks
             plgpu.commit_smem()  # These were read by threads; TMA, which writes the slot next, must come after.
