@@ -436,8 +436,10 @@ class RunConfig:
     report: ReportConfig = ReportConfig()
     distributed: DistributedConfig = DistributedConfig()
     steps: int = 100
-    precision: Literal["bf16", "float32"] = "bf16"
-    """Type of activations and compute weights. Router, norms, softmax and losses are float32 in both."""
+    precision: Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks"] = "bf16"
+    """Type of activations and compute weights; with fp8 the products of linear layers read float8 (paper 2, section
+    3.3), in DeepSeek-V3's tiles or, to see why those, with one scale a tensor or gradients in 128x128 blocks. Router,
+    norms, softmax and losses are float32 in all."""
     recompute: Recompute = "paper"
     """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3); those
     and the routed experts with their dispatch; or each whole layer."""

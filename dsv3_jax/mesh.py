@@ -176,8 +176,12 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    return jax.lax.with_sharding_constraint(x, _spec_of_tokens(x))
+
+
+def _spec_of_tokens(x: jax.Array) -> PartitionSpec:
     divides = x.ndim > 1 and x.shape[1] % context_size() == 0
-    return jax.lax.with_sharding_constraint(x, TOKENS if divides else PartitionSpec(BATCH_AXES))
+    return TOKENS if divides else PartitionSpec(BATCH_AXES)
 
 
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -186,11 +190,21 @@ def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
 
     What enters whole, such as weights, has its gradient summed over the devices: hence check_vma is off.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if _is_one_device():
         return function
-    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
-    return jax.shard_map(function, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(function, axis_names=_automatic_axes(), in_specs=in_specs, out_specs=out_specs,
+                         check_vma=False)
+
+
+def _automatic_axes() -> set[str]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+
+
+def _is_one_device() -> bool:
+    """Whether the code that is traced sees one device's part only: no mesh, a mesh of one, or inside a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or not _automatic_axes()
 
 
 def copy_for_each_device(state: Any) -> Any:
@@ -205,6 +219,21 @@ def copy_for_each_device(state: Any) -> Any:
     def one(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (devices, *x.shape)), PartitionSpec(SPREAD))
     return jax.tree.map(one, state)
+
+
+def on_own_tokens(function: Callable[[jax.Array, jax.Array], jax.Array], weight: jax.Array,
+                  x_BTD: jax.Array) -> jax.Array:
+    """`function(weight, tokens)` by each device for its part of x [B, T, ...], which the result is split as.
+
+    The gradient of the weight is summed as its storage asks, see `copy_for_each_device`.
+    """
+    if _is_one_device():
+        return function(weight, x_BTD)
+    spec = _spec_of_tokens(x_BTD)
+
+    def local(copy: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return function(copy[0], x_BTD)
+    return on_each_device(local, (PartitionSpec(SPREAD), spec), spec)(copy_for_each_device(weight), x_BTD)
 
 
 def gather_for_compute(state: Any) -> Any:

@@ -34,7 +34,7 @@ from dsv3_jax.inference.sampling import TARGET, Sampling, draw, probabilities, s
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.cached_attention import absorbed_attention
 from dsv3_jax.nn.model import split_model
-from dsv3_jax.precision.recipe import Precision
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT, Precision
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
 from experiments.command_line import finish, provenance, standard_output_for_json
@@ -76,14 +76,14 @@ def read_bandwidth() -> float:
 def bytes_per_step(config: ModelConfig, precision: Precision, batch: int, length: int) -> dict[str, float]:
     """What a decoding step must read, by part; experts are those that `batch` tokens are expected to choose if routing
     is balanced and tokens choose alike independently."""
-    size, count = {"bf16": 2, "float32": 4}[precision], count_parameters(config)
+    size, count = jnp.dtype(COMPUTE_DTYPE[precision]).itemsize, count_parameters(config)
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     one_expert = 3 * config.hidden_size * config.moe_intermediate_size
     distinct = experts * (1 - (1 - chosen / experts) ** batch)
     embedding = config.vocab_size * config.hidden_size
     others = count.main - embedding - config.num_moe_layers * experts * one_expert
     return {"experts": size * config.num_moe_layers * distinct * one_expert, "other_weights": size * float(others),
-            "cache": float(batch * length * bytes_per_token(config, precision, mtp=False))}
+            "cache": float(batch * length * bytes_per_token(config, COMPUTE_FORMAT[precision], mtp=False))}
 
 
 def measure(config: ModelConfig, arguments: Arguments) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _forward_seconds(generator: Generator, weights: nnx.State, arguments: Argume
     @jax.jit
     def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(generator.structure, state)
-        cache = LatentCache.empty(model.config, batch, length, arguments.precision, mtp=False)
+        cache = LatentCache.empty(model.config, batch, length, COMPUTE_FORMAT[arguments.precision], mtp=False)
         out = prefill(model, tokens, jnp.full((batch,), length), cache)  # what is written is not used, so not computed
         return jnp.argmax(model.logits(out.hidden_BQD[:, -1]), axis=-1)
     return _median(lambda: forward(weights, tokens), 5)
@@ -166,7 +166,7 @@ def _parts(generator: Generator, weights: nnx.State, arguments: Arguments, batch
         if isinstance(model.moe_layers, nnx.List) else []
     dtype = model.embed_tokens.weight[...].dtype
     hidden = jax.random.normal(jax.random.key(0), (batch, 1, config.hidden_size)).astype(dtype)
-    cache = LatentCache.empty(config, batch, length + 8, arguments.precision, mtp=False)
+    cache = LatentCache.empty(config, batch, length + 8, COMPUTE_FORMAT[arguments.precision], mtp=False)
     cache = dataclasses.replace(cache, lengths_B=jnp.full((batch,), length))
     positions, rows = cache.lengths_B[:, None], sampling_rows([Sampling(temperature=0)] * batch)
     execution = Execution()

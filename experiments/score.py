@@ -148,7 +148,7 @@ def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 def score(loaded: Loaded, tokens_BT: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """float32 (logits [b, T, V], log-probabilities [b, T-1]) of `rows` rows at a time, by one compiled program."""
     mesh, config = loaded.mesh, loaded.model
-    structure = model_structure(config)
+    structure = model_structure(config, loaded.precision)
 
     @jax.jit
     def run(params: nnx.State, router_bias: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -269,7 +269,7 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
             flops *= min(1.0, even / rows)
         which = _pass_of(line.op_name)
         by_pass[which] += flops
-        fp8 = all(dtype.startswith("f8") for dtype, dims in operands if len(dims) > 1)
+        fp8 = any(dtype.startswith("f8") for dtype, _ in operands)
         by_format["fp8" if fp8 else "bf16"] += flops
         if which == "recomputation":
             continue

@@ -265,12 +265,21 @@ def matrix_flops(computation: Computation, line: Instruction) -> float:
             return _dot_flops(computation, line, r'"lhs_contracting_dimensions":\[([\d,"]*)\]')
         if is_grouped_product(line):
             return 2.0 * math.prod(grouped_shape(computation, line))
+        if re.search(r"fp8_(matmul|wgrad)", line.op_name):
+            return 2.0 * math.prod(arrays(line.shape)[0][1]) * _float8_terms(computation, line)
     return 0.0
 
 
 def is_grouped_product(line: Instruction) -> bool:
     """Whether `line` is a kernel for rows sorted by group, XLA's own on TPU or one of `pallas_kernels`."""
-    return line.opcode == "custom-call" and re.search(r"ragged.dot|grouped_matmul", line.op_name) is not None
+    return line.opcode == "custom-call" and re.search(r"ragged.dot|grouped_(fp8_)?(matmul|wgrad)",
+                                                          line.op_name) is not None
+
+
+def _float8_terms(computation: Computation, line: Instruction) -> int:
+    """Terms of each sum in a float8 kernel, whose operands both have them last; 0 for a helper without operands."""
+    return max((dims[-1] for name in line.operands for dtype, dims in arrays(computation[name].shape)
+                if dtype.startswith("f8")), default=0)
 
 
 def _dot_flops(computation: Computation, line: Instruction, pattern: str) -> float:
@@ -282,15 +291,16 @@ def _dot_flops(computation: Computation, line: Instruction, pattern: str) -> flo
 
 
 def grouped_shape(computation: Computation, line: Instruction) -> tuple[int, int, int]:
-    """(P, D, F) of a grouped product, from the [E, D, F] among its operands and result and the rows [P, D] or [P, F]
-    that there is room for; zeros for the kernel that computes where groups start."""
+    """(P, D, F) of a grouped product, from the [E, D, F] among its operands and result and the rows [P, D] or [P, F],
+    or their transposes, that there is room for; zeros for the kernel that computes where groups start."""
     shapes = [dims for name in line.operands for _, dims in arrays(computation[name].shape)]
     shapes += [dims for _, dims in arrays(line.shape)]
     stacks = [dims for dims in shapes if len(dims) == 3]
     if not stacks:
         return 0, 0, 0
-    _, width, inner = stacks[0]
-    return max((dims[0] for dims in shapes if len(dims) == 2 and dims[1] in (width, inner)), default=0), width, inner
+    _, *widths = max(stacks, key=math.prod)  # beside float8 weights lie their scales
+    rows = [dims[index] for dims in shapes if len(dims) == 2 for index in (0, 1) if dims[1 - index] in widths]
+    return max(rows, default=0), widths[0], widths[1]
 
 
 def _convolution_flops(computation: Computation, line: Instruction) -> float:

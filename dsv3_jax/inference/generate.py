@@ -23,7 +23,7 @@ from dsv3_jax.inference.speculative import Window, speculative_step, window_of, 
 from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure, split_model
-from dsv3_jax.precision.recipe import Precision, compute_weights
+from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, compute_weights
 
 SMALLEST_SIZE = 32
 """Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""
@@ -67,12 +67,12 @@ class Generator:
                               "none: decode without it")
         self.model, self.mesh, self._moved = model, _without_context(mesh), mesh.shape["context"] > 1
         self.speculative = speculative
-        self._precision, self._cache, self._spread = precision, cache or precision, spread
+        self._precision, self._cache, self._spread = precision, cache or COMPUTE_FORMAT[precision], spread
         # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
         self._execution = Execution(capacity_factor=float(self.mesh.size))
         # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
         self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
-        self.structure = _structure(model, self._layers_apart)
+        self.structure = _structure(model, precision, self._layers_apart)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._prepare = jax.jit(self._prepared)
         self._first: Any = jax.jit(self._read_prompts, static_argnames="capacity",
@@ -139,7 +139,7 @@ class Generator:
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
         weights = compute_weights(params, self._precision)
         weights = weights if self._spread else gather_for_compute(weights)
-        model = nnx.merge(model_structure(self.model), weights, router_bias)
+        model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
         return nnx.state(unstacked(model) if self._layers_apart else model)
 
     def _read_prompts(self, weights: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array, rows: RowSampling, *,
@@ -283,14 +283,14 @@ def rounded(tokens: int, window: int) -> int:
 
 
 @functools.cache
-def _structure(config: ModelConfig, layers_apart: bool) -> nnx.GraphDef:
+def _structure(config: ModelConfig, precision: Precision, layers_apart: bool) -> nnx.GraphDef:
     """Found once: as a static argument of each step it would be hashed each time, for a millisecond."""
     structure = []
 
     def trace() -> None:
-        structure.append(nnx.graphdef(unstacked(nnx.merge(*split_model(config)))))
+        structure.append(nnx.graphdef(unstacked(nnx.merge(*split_model(config, precision=precision)))))
     if not layers_apart:
-        return model_structure(config)
+        return model_structure(config, precision)
     jax.eval_shape(trace)
     return structure[0]
 

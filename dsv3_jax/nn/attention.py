@@ -15,6 +15,7 @@ from dsv3_jax.nn.causal import in_reach, over_query_chunks, sees
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import apply_rope, softmax_scale
+from dsv3_jax.precision.recipe import PrecisionRecipe
 
 QUERY_CHUNK = 512
 """Queries whose scores are in memory at once. Longer sequences go chunk by chunk, scores recomputed in the backward."""
@@ -26,21 +27,24 @@ class MultiHeadLatentAttention(nnx.Module):
     With `q_lora_rank=None` the query is projected straight from the hidden state, as in V2-Lite and Moonlight.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.config = config
         c, std, heads = config, config.initializer_range, config.num_attention_heads
         if c.q_lora_rank is None:
-            self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim, ("embed", "heads"), std, rngs)
+            self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim, ("embed", "heads"), std, rngs,
+                                 recipe.linear)
         else:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, ("embed", "latent"), std, rngs)
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, ("embed", "latent"), std, rngs, recipe.linear)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, "latent", c.latent_norm_eps)
-            self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim, ("latent", "heads"), std, rngs)
+            self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim, ("latent", "heads"), std, rngs,
+                                   recipe.linear)
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim,
-                                         ("embed", "latent"), std, rngs)
+                                         ("embed", "latent"), std, rngs, recipe.linear)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, "latent", c.latent_norm_eps)
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim),
-                                ("latent", "heads"), std, rngs)
-        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, ("heads", "embed"), std, rngs)
+                                ("latent", "heads"), std, rngs, recipe.linear)
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, ("heads", "embed"), std, rngs,
+                             recipe.after_attention)
 
     def query(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q^C [B, T, H, qk_nope_head_dim] and the rotated q^R [B, T, H, qk_rope_head_dim] (equations 6-9)."""
@@ -69,8 +73,7 @@ class MultiHeadLatentAttention(nnx.Module):
         latent_BTC, k_rope = self.latent(hidden_BTD, positions_T)
         attend = _attend_over_context if context_size() > 1 else project_and_attend
         out = attend(c, self.kv_b_proj, q_nope, q_rope, latent_BTC, k_rope)
-        out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out")
-        return self.o_proj(out)
+        return self.o_proj(out.reshape(*out.shape[:2], -1), keep="attention_out")
 
 
 def project_and_attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,

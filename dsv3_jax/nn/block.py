@@ -15,6 +15,7 @@ from dsv3_jax.nn.grouped_query_attention import GroupedQueryAttention
 from dsv3_jax.nn.linear import FeedForward
 from dsv3_jax.nn.moe import MixtureOfExperts, RouterStats
 from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.precision.recipe import PrecisionRecipe
 
 # What the backward keeps at each level of recomputation. "plan" is the dispatch's few integers: to compute them again
 # would search and communicate again. "paper" computes again norms, up-projections from the latents and SwiGLU
@@ -43,21 +44,22 @@ def gathered(module: Any) -> Any:
     return nnx.merge(graphdef, gather_for_compute(state))
 
 
-def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadLatentAttention | GroupedQueryAttention:
+def make_attention(config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe(),
+                   ) -> MultiHeadLatentAttention | GroupedQueryAttention:
     """The kind of attention that the configuration names."""
     kind = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
-    return kind(config, rngs)
+    return kind(config, rngs, recipe)
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward is dense or a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.input_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
-        self.self_attn = make_attention(config, rngs)
+        self.self_attn = make_attention(config, rngs, recipe)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
-        self.mlp = (MixtureOfExperts(config, rngs) if moe else
-                    FeedForward(config.hidden_size, config.intermediate_size, config.initializer_range, rngs))
+        self.mlp = (MixtureOfExperts(config, rngs, recipe) if moe else
+                    FeedForward(config.hidden_size, config.intermediate_size, config.initializer_range, rngs, recipe))
 
     def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array,
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:

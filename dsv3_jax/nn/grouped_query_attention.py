@@ -20,19 +20,20 @@ from dsv3_jax.nn.cached_attention import cached_softmax, in_order, without_unuse
 from dsv3_jax.nn.causal import in_reach, over_query_chunks, sees
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.rope import apply_rope, softmax_scale
+from dsv3_jax.precision.recipe import PrecisionRecipe
 
 
 class GroupedQueryAttention(nnx.Module):
     """Causal attention with `kv_heads` heads of keys and values; queries and keys are rotated as a whole."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.config = config
         c, std = config, config.initializer_range
         query, shared = c.num_attention_heads * c.kv_head_dim, c.kv_heads * c.kv_head_dim
-        self.q_proj = Linear(c.hidden_size, query, ("embed", "heads"), std, rngs)
-        self.k_proj = Linear(c.hidden_size, shared, ("embed", "heads"), std, rngs)
-        self.v_proj = Linear(c.hidden_size, shared, ("embed", "heads"), std, rngs)
-        self.o_proj = Linear(query, c.hidden_size, ("heads", "embed"), std, rngs)
+        self.q_proj = Linear(c.hidden_size, query, ("embed", "heads"), std, rngs, recipe.linear)
+        self.k_proj = Linear(c.hidden_size, shared, ("embed", "heads"), std, rngs, recipe.linear)
+        self.v_proj = Linear(c.hidden_size, shared, ("embed", "heads"), std, rngs, recipe.linear)
+        self.o_proj = Linear(query, c.hidden_size, ("heads", "embed"), std, rngs, recipe.after_attention)
 
     def query(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> jax.Array:
         """Rotated queries [B, T, H, A]."""
@@ -50,8 +51,8 @@ class GroupedQueryAttention(nnx.Module):
         query = self.query(hidden_BTD, positions_T)
         key, value = self.key_value(hidden_BTD, positions_T)
         attend = _attend_over_context if context_size() > 1 else attend_to_all
-        out = checkpoint_name(attend(self.config, query, key, value).reshape(*query.shape[:2], -1), "attention_out")
-        return self.o_proj(out)
+        out = attend(self.config, query, key, value)
+        return self.o_proj(out.reshape(*query.shape[:2], -1), keep="attention_out")
 
     def _heads(self, projection: Linear, hidden_BTD: jax.Array) -> jax.Array:
         out = checkpoint_name(projection(hidden_BTD), "query_key_value")

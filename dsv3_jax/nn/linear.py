@@ -5,7 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.mesh import on_own_tokens
+from dsv3_jax.precision.linear import linear, swiglu_linear
+from dsv3_jax.precision.recipe import LinearRecipe, PrecisionRecipe
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float,
@@ -18,12 +21,26 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], 
 class Linear(nnx.Module):
     """y = x W without bias; `weight` is [in, out] (the published files hold [out, in])."""
 
-    def __init__(self, width_in: int, width_out: int, axes: tuple[str, str], std: float, rngs: nnx.Rngs):
+    def __init__(self, width_in: int, width_out: int, axes: tuple[str, str], std: float, rngs: nnx.Rngs,
+                 recipe: LinearRecipe | None = None):
         self.weight = normal_param(rngs, (width_in, width_out), axes, std)
+        self.recipe = recipe
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out], in x's dtype."""
-        return x @ self.weight[...]
+    def __call__(self, x: jax.Array, *, keep: str | None = None, after_swiglu: bool = False) -> jax.Array:
+        """[B, T, in] -> [B, T, out], in x's dtype.
+
+        Args:
+          keep: name for what the backward needs of x; see `block.recomputed`.
+          after_swiglu: x is SwiGLU's input, [B, T, 2 in].
+        """
+        product = swiglu_linear if after_swiglu else linear
+        if self.recipe is None:
+            return product(x, self.weight[...], None, keep=keep)
+
+        def local(weight: jax.Array, x: jax.Array) -> jax.Array:
+            rows = product(x.reshape(-1, x.shape[-1]), weight, self.recipe, keep=keep)
+            return rows.reshape(*x.shape[:-1], -1)
+        return on_own_tokens(local, self.weight[...], x)
 
 
 class Embedding(nnx.Module):
@@ -51,23 +68,17 @@ class OutputHead(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, self.weight[...], preferred_element_type=jnp.float32)
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """[..., 2F] -> [..., F]: silu(gate) * up, with the gate in the first half."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 class FeedForward(nnx.Module):
     """down(silu(gate(x)) * up(x)): the dense layers and the shared experts."""
 
-    def __init__(self, width: int, inner: int, std: float, rngs: nnx.Rngs):
-        self.gate_proj = Linear(width, inner, ("embed", "mlp"), std, rngs)
-        self.up_proj = Linear(width, inner, ("embed", "mlp"), std, rngs)
-        self.down_proj = Linear(inner, width, ("mlp", "embed"), std, rngs)
+    def __init__(self, width: int, inner: int, std: float, rngs: nnx.Rngs,
+                 recipe: PrecisionRecipe = PrecisionRecipe()):
+        self.gate_proj = Linear(width, inner, ("embed", "mlp"), std, rngs, recipe.linear)
+        self.up_proj = Linear(width, inner, ("embed", "mlp"), std, rngs, recipe.linear)
+        self.down_proj = Linear(inner, width, ("mlp", "embed"), std, rngs, recipe.down)
 
     @jax.named_scope("feed_forward")
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        gate = checkpoint_name(self.gate_proj(x), "ffn_inner")
-        up = checkpoint_name(self.up_proj(x), "ffn_inner")
-        return self.down_proj(jax.nn.silu(gate) * up)
+        """[B, T, D] -> [B, T, D]."""
+        gate_up = jnp.concatenate([self.gate_proj(x), self.up_proj(x)], axis=-1)
+        return self.down_proj(gate_up, keep="ffn_inner", after_swiglu=True)

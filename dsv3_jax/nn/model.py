@@ -17,6 +17,7 @@ from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.precision.recipe import RECIPES, Precision, PrecisionRecipe
 
 
 class ModelOutput(NamedTuple):
@@ -33,16 +34,16 @@ class ModelOutput(NamedTuple):
 class DeepSeekV3(nnx.Module):
     """A DeepSeek-V3-class language model; attribute names follow the published weights."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.config = config
         c = config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range, rngs)
         if c.first_k_dense_replace:
-            self.dense_layers = stack_of(c.first_k_dense_replace, lambda r: Block(c, moe=False, rngs=r), rngs)
-        self.moe_layers = stack_of(c.num_moe_layers, lambda r: Block(c, moe=True, rngs=r), rngs)
+            self.dense_layers = stack_of(c.first_k_dense_replace, lambda r: Block(c, False, r, recipe), rngs)
+        self.moe_layers = stack_of(c.num_moe_layers, lambda r: Block(c, True, r, recipe), rngs)
         self.norm = RMSNorm(c.hidden_size, "embed", c.rms_norm_eps)
         self.lm_head = OutputHead(c.vocab_size, c.hidden_size, c.initializer_range, rngs)
-        self.mtp = nnx.List([MTPModule(c, rngs) for _ in range(c.num_nextn_predict_layers)])
+        self.mtp = nnx.List([MTPModule(c, rngs, recipe) for _ in range(c.num_nextn_predict_layers)])
 
     def __call__(self, tokens: jax.Array, *, mtp: bool = True, execution: Execution = Execution()) -> ModelOutput:
         """Runs the model.
@@ -76,19 +77,24 @@ class DeepSeekV3(nnx.Module):
         return self.lm_head(hidden_BTD)
 
 
-def split_model(config: ModelConfig, key: jax.Array | int = 0) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(structure, parameters, router biases) of a new model; call under `jit` or `eval_shape` to allocate nothing."""
-    structure, params, *others = nnx.split(DeepSeekV3(config, nnx.Rngs(key)), nnx.Param, RouterBias)
+def split_model(config: ModelConfig, key: jax.Array | int = 0,
+                precision: Precision = "bf16") -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, parameters, router biases) of a new model; call under `jit` or `eval_shape` to allocate nothing.
+
+    Structures in different precisions take the same parameters, and bf16's is float32's too (`compute_weights`).
+    """
+    model = DeepSeekV3(config, nnx.Rngs(key), RECIPES[precision])
+    structure, params, *others = nnx.split(model, nnx.Param, RouterBias)
     return structure, params, others[0]
 
 
 @functools.cache
-def model_structure(config: ModelConfig) -> nnx.GraphDef:
+def model_structure(config: ModelConfig, precision: Precision = "bf16") -> nnx.GraphDef:
     """The static half of the model, for `nnx.merge` with parameters and router biases."""
     structure = []
 
     def trace() -> None:
-        structure.append(split_model(config)[0])
+        structure.append(split_model(config, precision=precision)[0])
     jax.eval_shape(trace)
     return structure[0]
 

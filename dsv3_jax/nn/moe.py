@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.rounds import Quota, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, FAST_AXES, TOKENS, on_each_device
-from dsv3_jax.nn.linear import FeedForward, normal_param, swiglu
+from dsv3_jax.nn.linear import FeedForward, normal_param
 from dsv3_jax.nn.router import NodeLimitedRouter, Routing, expert_load, sequence_balance_loss
-from pallas_kernels.grouped_matmul import grouped_matmul
+from dsv3_jax.precision.linear import GROUP_ALIGNMENT, linear, swiglu_linear
+from dsv3_jax.precision.recipe import PrecisionRecipe
 
 LARGEST_TILE = 128
 """Rows of an expert are padded to a tile of the grouped product: at most this, less where experts get few rows."""
@@ -40,8 +41,8 @@ class RouterStats(NamedTuple):
 class RoutedExperts(nnx.Module):
     """The experts' weights, stacked, and their evaluation for routed tokens."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
+        self.config, self.recipe = config, recipe
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         std = config.initializer_range
         self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std)
@@ -58,7 +59,7 @@ class RoutedExperts(nnx.Module):
             topology = topology._replace(scale_out=mesh.shape["scale_out"],
                                          scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))
         run = functools.partial(
-            _routed_ffn, topology=topology, capacity_factor=execution.capacity_factor,
+            _routed_ffn, topology=topology, recipe=self.recipe, capacity_factor=execution.capacity_factor,
             reach=min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else config.n_routed_experts))
         weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
         # Expert weights enter replicated over `data`, and their gradient is summed over it here.
@@ -68,27 +69,27 @@ class RoutedExperts(nnx.Module):
 
 
 def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, gate_up_EDF: jax.Array,
-                down_EFD: jax.Array, *, topology: Topology, reach: int,
+                down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, reach: int,
                 capacity_factor: float) -> tuple[jax.Array, jax.Array]:
     """One device's part: its tokens in, its tokens out, its experts in between; and [1], the rounds that took."""
     width, top_k = hidden_BTD.shape[-1], experts_BTK.shape[-1]
     hidden_TD, experts_TK = hidden_BTD.reshape(-1, width), experts_BTK.reshape(-1, top_k)
     quota = round_quota(topology, len(hidden_TD), top_k, reach, capacity_factor)
-    tile = expert_tile(experts_TK.size / topology.experts_per_device)
-    one_round = functools.partial(_one_round, topology=topology, quota=quota, tile=tile)
+    tile = expert_tile(experts_TK.size / topology.experts_per_device) if recipe.up is None else GROUP_ALIGNMENT
+    one_round = functools.partial(_one_round, topology=topology, recipe=recipe, quota=quota, tile=tile)
     arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
     out_TD, rounds = in_rounds(one_round, experts_TK, arrays, topology, quota)
     return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), rounds[None]
 
 
 def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Array, gate_up_EDF: jax.Array,
-               down_EFD: jax.Array, *, topology: Topology, quota: Quota, tile: int) -> jax.Array:
+               down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, quota: Quota,
+               tile: int) -> jax.Array:
     """float32 [T, D]: what the given choices, within the quota, add to each token."""
     rows_PD, plan = dispatch(hidden_TD, experts_TK, weights_TK, topology, quota, tile)
-    rows_PD = checkpoint_name(rows_PD, "dispatched")
-    inner_PF = grouped_matmul(rows_PD, gate_up_EDF, plan.group_sizes_E, alignment=tile)
-    inner_PF = swiglu(checkpoint_name(inner_PF, "expert_inner"))
-    outputs_PD = grouped_matmul(inner_PF, down_EFD, plan.group_sizes_E, alignment=tile)
+    groups: dict[str, Any] = {"group_sizes_E": plan.group_sizes_E, "alignment": tile}
+    inner_PF = linear(rows_PD, gate_up_EDF, recipe.up, keep="dispatched", **groups)
+    outputs_PD = swiglu_linear(inner_PF, down_EFD, recipe.down, keep="expert_inner", **groups)
     return combine(checkpoint_name(outputs_PD, "expert_out"), plan)
 
 
@@ -108,14 +109,14 @@ def expert_tile(rows_per_expert: float) -> int:
 class MixtureOfExperts(nnx.Module):
     """h = sum of shared FFNs + sum of weighted routed FFNs (equations 12-16)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.config = config
         self.gate = NodeLimitedRouter(config, rngs)
-        self.experts = RoutedExperts(config, rngs)
+        self.experts = RoutedExperts(config, rngs, recipe)
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config.hidden_size,
                                               config.n_shared_experts * config.moe_intermediate_size,
-                                              config.initializer_range, rngs)
+                                              config.initializer_range, rngs, recipe)
 
     def __call__(self, hidden_BTD: jax.Array, execution: Execution) -> tuple[jax.Array, RouterStats]:
         """[B, T, D] -> ([B, T, D], routing statistics)."""

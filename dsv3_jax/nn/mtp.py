@@ -11,6 +11,7 @@ from dsv3_jax.nn.block import Block
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.precision.recipe import PrecisionRecipe
 
 
 class MTPModule(nnx.Module):
@@ -20,12 +21,13 @@ class MTPModule(nnx.Module):
     are not held here; `norm` is the published `shared_head.norm`.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(width, "embed", eps)
         self.hnorm = RMSNorm(width, "embed", eps)
-        self.eh_proj = Linear(2 * width, width, ("mlp", "embed"), config.initializer_range, rngs)
-        self.block = Block(config, moe=True, rngs=rngs)
+        self.eh_proj = Linear(2 * width, width, ("mlp", "embed"), config.initializer_range, rngs,
+                              recipe.linear)
+        self.block = Block(config, moe=True, rngs=rngs, recipe=recipe)
         self.norm = RMSNorm(width, "embed", eps)
 
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,

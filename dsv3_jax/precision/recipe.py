@@ -1,15 +1,98 @@
-"""Which type each weight has while it is used."""
+"""Which format every number has where it is used (paper 2, section 3.3; paper 1, section 3.1).
+
+Under every recipe the embedding, the output head, the router, norms, softmax and losses compute as in bf16, master
+weights and sums of gradients are float32, and what a device sends for `combine` is bf16. A recipe says how the three
+products of a linear layer read their operands, and what its backward keeps of the input.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Precision = Literal["bf16", "float32"]
-COMPUTE_DTYPE = {"bf16": jnp.bfloat16, "float32": jnp.float32}
+from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Tile
+
+Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks"]
+"""The last two are what paper 2 warns of: one scale for a whole tensor, and gradients in the blocks of weights, with
+which a 16B model diverged (appendix B.2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """How a tensor becomes the E4M3 operand of a product; rows are tokens, or a weight's inputs."""
+
+    tile: Tile | None
+    """Values that share a scale; None: all of the tensor."""
+    power_of_two: bool = False
+    """Whether scales are powers of two, so that another tiling of the same values rounds little or nothing more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRecipe:
+    """The operands of y = x W (Fprop), dx = dy W^T (Dgrad) and dW = x^T dy (Wgrad); all E4M3, scaled online."""
+
+    input: Cast = Cast(ROW)
+    """x in Fprop."""
+    weight: Cast = Cast(BLOCK)
+    """W in Fprop and Dgrad."""
+    gradient: Cast = Cast(ROW)
+    """dy in Dgrad."""
+    input_of_wgrad: Cast = Cast(COLUMN)
+    """x in Wgrad, which sums over tokens."""
+    gradient_of_wgrad: Cast = Cast(COLUMN)
+    """dy in Wgrad."""
+    kept: Literal["input", "input_of_wgrad", "e5m6"] = "input_of_wgrad"
+    """What the backward keeps of x: one of the operands above (of "input" it makes the other anew), or E5M6."""
+
+
+_ALIKE, _ALIKE_DOWN = Cast(ROW, power_of_two=True), Cast(COLUMN, power_of_two=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRecipe:
+    """The linear layers of a model by what they need; None: products in the compute dtype."""
+
+    linear: LinearRecipe | None = None
+    """Projections of attention and of the prediction modules, and all that is not named below."""
+    after_attention: LinearRecipe | None = None
+    """Its input is read again by the backward of attention, so it is kept in E5M6."""
+    up: LinearRecipe | None = None
+    """Up-projections of experts. Their input is sent in E4M3 with scales that are powers of two, and kept as sent."""
+    down: LinearRecipe | None = None
+    """SwiGLU and down-projection: what is kept is SwiGLU's input in E4M3; its output is computed again."""
+
+
+_FP8 = PrecisionRecipe(
+    linear=LinearRecipe(),
+    after_attention=LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="e5m6"),
+    up=LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="input"),
+    down=LinearRecipe(gradient=_ALIKE, gradient_of_wgrad=_ALIKE_DOWN))
+
+
+def _with_tile(tile: Tile | None, *operands: str) -> PrecisionRecipe:
+    """The paper's recipe with another tile for these operands of every linear layer."""
+    def changed(recipe: LinearRecipe) -> LinearRecipe:
+        casts = {name: dataclasses.replace(getattr(recipe, name), tile=tile) for name in operands}
+        return dataclasses.replace(recipe, **casts)
+    roles = (field.name for field in dataclasses.fields(PrecisionRecipe))
+    return PrecisionRecipe(**{role: changed(getattr(_FP8, role)) for role in roles})
+
+
+RECIPES: dict[Precision, PrecisionRecipe] = {
+    "bf16": PrecisionRecipe(),
+    "float32": PrecisionRecipe(),
+    "fp8": _FP8,
+    "fp8_tensor_scales": _with_tile(None, "input", "weight", "gradient", "input_of_wgrad", "gradient_of_wgrad"),
+    "fp8_gradient_blocks": _with_tile(BLOCK, "gradient", "gradient_of_wgrad"),
+}
+COMPUTE_FORMAT: dict[Precision, Literal["bf16", "float32"]] = {
+    name: "float32" if name == "float32" else "bf16" for name in RECIPES}
+"""Of weights and activations, except for the operands of products that a recipe names."""
+COMPUTE_DTYPE = {name: {"bf16": jnp.bfloat16, "float32": jnp.float32}[form] for name, form in COMPUTE_FORMAT.items()}
 
 
 def compute_weights(params: Any, precision: Precision) -> Any:

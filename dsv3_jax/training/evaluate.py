@@ -29,7 +29,7 @@ class Evaluator:
         self._mesh, self._split = mesh, split
         self._rows = config.batch.micro_batch
         self._inputs, self._weights = validation_windows(split.tokens, config.batch.sequence_length, 1)
-        structure = model_structure(config.model)
+        structure = model_structure(config.model, config.precision)
 
         def total_nll(params: nnx.State, router_bias: nnx.State, tokens: jax.Array, weights: jax.Array) -> jax.Array:
             model = nnx.merge(structure, weights_for_compute(params, config), router_bias)

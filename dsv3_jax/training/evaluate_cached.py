@@ -51,7 +51,7 @@ def cached_quality(config: RunConfig, params: nnx.State, router_bias: nnx.State,
       allocated, over the tokens of its rows.
     """
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_window=choice.window))
-    length, structure = config.batch.sequence_length, model_structure(config.model)
+    length, structure = config.batch.sequence_length, model_structure(config.model, config.precision)
     chunk = math.gcd(length, CHUNK)
 
     def empty() -> LatentCache:

@@ -47,7 +47,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
     tokens is int32 [batch.micro_batches, micro_batch, T + 1 + depth]; the first `micro_batches` (int32 scalar) of them
     are used, so that a growing batch needs no second program. settings is a `StepSettings` of float32 scalars.
     """
-    structure, optimizer = model_structure(config.model), make_optimizer(config.optimizer)
+    structure, optimizer = model_structure(config.model, config.precision), make_optimizer(config.optimizer)
 
     def loss(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
              settings: StepSettings) -> tuple[jax.Array, _Told]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.targets import Backend, dispatch
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "backend"), inline=True)
 @jax.named_scope("fp8_matmul")
 def fp8_matmul(x_MK: jax.Array, x_scales: jax.Array, w_NK: jax.Array, w_scales: jax.Array, *,
                dtype: jax.typing.DTypeLike = jnp.bfloat16, backend: Backend | None = None) -> jax.Array:

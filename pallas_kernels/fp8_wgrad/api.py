@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from pallas_kernels.fp8_wgrad import reference
 from pallas_kernels.targets import Backend, dispatch
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "backend"), inline=True)
 @jax.named_scope("fp8_wgrad")
 def fp8_wgrad(x_AM: jax.Array, x_scales: jax.Array, y_BM: jax.Array, y_scales: jax.Array,
               accumulate_AB: jax.Array | None = None, *, dtype: jax.typing.DTypeLike = jnp.float32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pallas_kernels.grouped_fp8_matmul import reference
 from pallas_kernels.targets import Backend, dispatch
 
 
+@functools.partial(jax.jit, static_argnames=("alignment", "dtype", "backend"), inline=True)
 @jax.named_scope("grouped_fp8_matmul")
 def grouped_fp8_matmul(x_PK: jax.Array, x_scales: jax.Array, w_ENK: jax.Array, w_scales: jax.Array,
                        group_sizes_E: jax.Array, *, alignment: int = BLOCK, dtype: jax.typing.DTypeLike = jnp.bfloat16,
@@ -50,6 +52,7 @@ def grouped_fp8_matmul(x_PK: jax.Array, x_scales: jax.Array, w_ENK: jax.Array, w
     return dispatch(run, problem, backend, x_PK, x_scales, w_ENK, w_scales, group_sizes_E)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "backend"), inline=True)
 @jax.named_scope("grouped_fp8_wgrad")
 def grouped_fp8_wgrad(x_AP: jax.Array, x_scales: jax.Array, y_BP: jax.Array, y_scales: jax.Array,
                       group_sizes_E: jax.Array, *, dtype: jax.typing.DTypeLike = jnp.float32,

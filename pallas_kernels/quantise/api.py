@@ -120,13 +120,13 @@ class _Problem(NamedTuple):
                                                                          self.tile)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # so that a model's many equal casts are traced once
 def _run(x: jax.Array, problem: _Problem, backend: Backend | None) -> Any:
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.ndim < 2:
         raise ValueError(f"quantise takes bfloat16 or float32 [..., M, K], not {x.dtype} {x.shape}")
     return dispatch(functools.partial(_compute, problem), problem, backend, x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that a model's many equal casts are traced once
 def _compute(problem: _Problem, backend: Backend, x: jax.Array) -> Any:
     function = getattr(_module(backend), problem.operation)
     return function(x, *([problem.tile] if problem.operation == "quantise" else []), problem.power_of_two)

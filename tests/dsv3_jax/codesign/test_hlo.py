@@ -239,3 +239,27 @@ def test_flops_of_a_real_program_match_a_hand_count():
         return jnp.einsum("bqd,bkd->bqk", x.reshape(2, 8, 32), x.reshape(2, 8, 32))
     text = jax.jit(run).lower(np.zeros((16, 32), np.float32), np.zeros((7, 32, 32), np.float32)).compile().as_text()
     assert _flops(text) == 7 * 2 * 16 * 32 * 32 + 2 * 2 * 8 * 8 * 32
+
+
+@pytest.mark.parametrize(("name", "operands", "result", "flops"), [
+    ("fp8_matmul", ("f8e4m3fn[64,256]", "f32[64,2]", "f8e4m3fn[1,384,256]", "f32[1,3,2]"), "bf16[64,384]",
+     2 * 64 * 384 * 256),
+    ("fp8_wgrad", ("f8e4m3fn[256,512]", "f32[256,4]", "f8e4m3fn[384,512]", "f32[384,4]"), "f32[256,384]",
+     2 * 256 * 384 * 512),
+    ("grouped_fp8_matmul", ("s32[2]", "f8e4m3fn[512,256]", "f32[512,2]", "f8e4m3fn[4,384,256]", "f32[4,3,2]"),
+     "bf16[512,384]", 2 * 512 * 384 * 256),
+    ("grouped_fp8_wgrad", ("s32[4]", "f8e4m3fn[256,512]", "f32[256,4]", "f8e4m3fn[384,512]", "f32[384,4]"),
+     "f32[4,256,384]", 2 * 256 * 384 * 512),
+    ("quantise", ("bf16[64,256]",), "f8e4m3fn[64,256]", 0)])
+def test_flops_of_a_float8_kernel(name, operands, result, flops):
+    """Of groups, all rows that there is room for, each with one matrix."""
+    parameters = "\n".join(f"  %p{i} = {shape} parameter({i})" for i, shape in enumerate(operands))
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main () -> {result} {{
+{parameters}
+  ROOT %out = {result} custom-call({', '.join(f'%p{i}' for i in range(len(operands)))}), custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(step)/{name}/pallas_call"}}
+}}
+"""
+    found = [matrix_flops(computation, line) for computation, line, _ in Walk(parse(text), {}).instructions()]
+    assert sum(found) == flops

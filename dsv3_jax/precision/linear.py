@@ -1,0 +1,156 @@
+"""y = x W and its gradients, for one matrix or for the matrices of experts, in the precision of a recipe.
+
+In float8 the backward is not the derivative of the forward's arithmetic: quantisation counts as the identity, and each
+of the three products reads operands quantised for it (paper 2, figure 6 and section 3.3.2).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, QuantisedE5M6
+from dsv3_jax.precision.recipe import Cast, LinearRecipe
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_wgrad import fp8_wgrad
+from pallas_kernels.grouped_fp8_matmul import grouped_fp8_matmul, grouped_fp8_wgrad
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+GROUP_ALIGNMENT = 128
+"""Rows of a group in float8 are a multiple of this, so that no tile of 128 rows has two groups."""
+
+
+def linear(x_MK: jax.Array, weight: jax.Array, recipe: LinearRecipe | None, *, keep: str | None = None,
+           group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
+    """[M, K] -> [M, N] in x's dtype.
+
+    Args:
+      x_MK: rows; of groups, sorted by group.
+      weight: [K, N] of x's dtype, or [E, K, N] with groups.
+      recipe: None: in x's dtype.
+      keep: name for what the backward needs of x, for a policy of recomputation.
+      group_sizes_E: int32 [E], rows of each group, multiples of `alignment`; rows past them are ignored and give zero.
+      alignment: a multiple of GROUP_ALIGNMENT where there are a recipe and groups.
+    """
+    if recipe is not None:
+        return _quantised(x_MK, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
+    return _plain(_named(x_MK, keep), weight, group_sizes_E, alignment)
+
+
+def swiglu_linear(gate_up_M2K: jax.Array, weight: jax.Array, recipe: LinearRecipe | None, *, keep: str | None = None,
+                  group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
+    """`linear` of silu(gate) * up, the halves of [M, 2K]. The backward computes SwiGLU again from what it keeps."""
+    if recipe is not None:
+        return _quantised(gate_up_M2K, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
+    return _plain(swiglu(_named(gate_up_M2K, keep)), weight, group_sizes_E, alignment)
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """[..., 2F] -> [..., F]: silu(gate) * up, with the gate in the first half."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _plain(x_MK: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+    if group_sizes_E is None:
+        return x_MK @ weight
+    return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
+
+
+def _named(x: Any, name: str | None) -> Any:
+    return x if name is None else jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)
+
+
+class _Static(NamedTuple):
+    """What is known when a product is traced."""
+
+    recipe: LinearRecipe
+    keep: str | None
+    alignment: int
+    swiglu: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _quantised(x: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
+    return _forward(x, weight, group_sizes_E, static)[0]
+
+
+def _forward(x: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, static: _Static) -> tuple:
+    recipe = static.recipe
+    kept: Quantised | QuantisedE5M6
+    if static.swiglu:
+        quantised, kept = _swiglu_cast(x, recipe.input), Quantised.of(x, ROW)
+    elif recipe.kept == "input_of_wgrad":
+        quantised, kept = _cast_both(x, recipe.input, recipe.input_of_wgrad)
+    else:
+        quantised = _cast(x, recipe.input)
+        kept = quantised if recipe.kept == "input" else QuantisedE5M6.of(x)
+    out = _product(quantised, _cast(weight, recipe.weight).transposed, group_sizes_E, x.dtype, static)
+    return out, (_named(kept, static.keep), weight, group_sizes_E)
+
+
+def _backward(static: _Static, saved: tuple, grads_MN: jax.Array) -> tuple:
+    kept, weight, group_sizes_E = saved
+    recipe, dtype, pull = static.recipe, grads_MN.dtype, None
+    if static.swiglu:
+        operand, pull = jax.vjp(swiglu, kept.dequantise(dtype))
+        kept = _cast_transposed(operand, recipe.input_of_wgrad)
+    elif recipe.kept != "input_of_wgrad":
+        kept = _cast_transposed(kept.dequantise(dtype), recipe.input_of_wgrad)
+    grads, across = _cast_both(grads_MN, recipe.gradient, recipe.gradient_of_wgrad)
+    d_operand = _product(grads, _cast(weight, recipe.weight), group_sizes_E, dtype, static)
+    d_weight = _weight_gradient(kept, across, group_sizes_E, static).astype(weight.dtype)
+    return d_operand if pull is None else pull(d_operand)[0], d_weight, None
+
+
+_quantised.defvjp(_forward, _backward)
+
+
+def _cast(x: jax.Array, cast: Cast) -> Quantised:
+    return Quantised.of(x, cast.tile, cast.power_of_two)
+
+
+def _cast_transposed(x: jax.Array, cast: Cast) -> Quantised:
+    return Quantised.of_transposed(x, cast.tile, cast.power_of_two)
+
+
+def _cast_both(x: jax.Array, cast: Cast, transposed: Cast) -> tuple[Quantised, Quantised]:
+    """x, and x transposed, for products over columns and over rows; from one read of x where their tiles are usual."""
+    if (cast.tile, transposed.tile, cast.power_of_two) == (ROW, COLUMN, transposed.power_of_two):
+        return Quantised.both(x, cast.power_of_two)
+    return _cast(x, cast), _cast_transposed(x, transposed)
+
+
+def _swiglu_cast(gate_up: jax.Array, cast: Cast) -> Quantised:
+    return Quantised.of_swiglu(gate_up, cast.power_of_two) if cast.tile == ROW else _cast(swiglu(gate_up), cast)
+
+
+def _product(x: Quantised, w: Quantised, group_sizes_E: jax.Array | None, dtype: jnp.dtype,
+             static: _Static) -> jax.Array:
+    """[M, N] from x [M, K] and w [N, K], or [E, N, K] for groups."""
+    if (x.tile, w.tile) == (ROW, BLOCK):
+        operands = x.values, x.scales, w.values, w.scales
+        if group_sizes_E is None:
+            return fp8_matmul(*operands, dtype=dtype)
+        return grouped_fp8_matmul(*operands, group_sizes_E, alignment=static.alignment, dtype=dtype)
+    # Other tilings are for studies: no kernel serves them.
+    return _plain(x.dequantise(), w.transposed.dequantise(), group_sizes_E, static.alignment).astype(dtype)
+
+
+def _weight_gradient(x: Quantised, dy: Quantised, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
+    """float32 [K, N], or [E, K, N] for groups, from x [K, M] and dy [N, M]."""
+    if (x.tile, dy.tile) == (ROW, ROW):
+        operands = x.values, x.scales, dy.values, dy.scales
+        return fp8_wgrad(*operands) if group_sizes_E is None else grouped_fp8_wgrad(*operands, group_sizes_E)
+    x_MK, dy_MN = x.transposed.dequantise(), dy.transposed.dequantise()
+    if group_sizes_E is None:
+        return x_MK.T @ dy_MN
+
+    def of_weight(weight: jax.Array) -> jax.Array:
+        return grouped_matmul(x_MK, weight, group_sizes_E, alignment=static.alignment)
+    shape = (len(group_sizes_E), x_MK.shape[1], dy_MN.shape[1])
+    return jax.vjp(of_weight, jnp.zeros(shape, jnp.float32))[1](dy_MN)[0]
