@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,8 +18,8 @@ def _assign(node: Any, name: str, value: np.ndarray) -> None:
     for part in path:
         node = node[int(part)] if part.isdigit() else getattr(node, part)
     variable = getattr(node, last)
-    assert variable[...].shape == value.shape, (name, variable[...].shape, value.shape)
-    variable.set_value(jnp.asarray(value, jnp.float32))
+    assert variable.get_value().shape == value.shape, (name, variable.get_value().shape, value.shape)
+    variable.set_value(value.astype(np.float32))
 
 
 def _fused(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -34,8 +33,9 @@ def _fused(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 
 def model_from_oracle(config: ModelConfig, weights: dict[str, np.ndarray]) -> DeepSeekV3:
     """A model that holds exactly `weights` (see `tests.oracle` for their names); every variable must be given."""
+    # All in NumPy, and moved at the end: JAX would compile a program for every shape.
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))))
-    model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes))
     for name in ("embed_tokens.weight", "norm.weight"):
         _assign(model, name, weights[name])
     _assign(model, "lm_head.weight", weights["lm_head.weight"].T)
@@ -50,4 +50,4 @@ def model_from_oracle(config: ModelConfig, weights: dict[str, np.ndarray]) -> De
         own |= {f"block.{name}": value for name, value in _fused(weights, f"mtp.{k}.block.").items()}
         for name, value in own.items():
             _assign(model, f"mtp.{k}.{name}", value)
-    return model
+    return nnx.merge(graphdef, jax.device_put(nnx.state(model)))

@@ -7,15 +7,22 @@ written down from the equations of dispatch and of weight gathering.
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dsv3_jax.codesign.aot import PodReport, checked_mesh, compile_for_pod, report
+from dsv3_jax.codesign.aot import CollectiveTotal, PodReport, checked_mesh, compile_for_pod, report
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.pods import parse_pod
 from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
+from dsv3_jax.presets import RUNS
 
+ROOT = Path(__file__).parents[3]
 MODEL = ModelConfig(
     vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
     first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64,
@@ -28,8 +35,11 @@ TOKENS = 2 * 256
 
 
 def compiled(pod: str, mesh: MeshConfig) -> PodReport:
+    return checked(compile_for_pod(dataclasses.replace(RUN, mesh=mesh), parse_pod(pod)))
+
+
+def checked(report: PodReport) -> PodReport:
     """The report, after the checks that hold for every machine."""
-    report = compile_for_pod(dataclasses.replace(RUN, mesh=mesh), parse_pod(pod))
     assert report.devices == 16
     assert report.fits
     assert 0 < report.peak_bytes < report.hbm_bytes
@@ -52,7 +62,9 @@ def compiled(pod: str, mesh: MeshConfig) -> PodReport:
     return report
 
 
+@pytest.mark.slow
 def test_one_slice():
+    """What `test_two_slices` and `test_one_slice_has_no_slow_network` prove, in one program."""
     report = compiled("v5p:2x2x4", MeshConfig(scale_up=16, zero="full"))
     assert report.slow_seconds == 0
     assert {total.kind for total in report.collectives} >= {"all-to-all", "all-gather"}
@@ -90,8 +102,29 @@ def _bytes_of_gathered_weights() -> float:
     return 15 / 16 * (2 * (2 * matrices + 4 * count["routers"] + 4 * gains) + once)
 
 
-def test_sixteen_gpus_on_two_hosts():
-    report = compiled("h100:2x8", RUN.mesh)
+def _options(config: Any, default: Any, prefix: str = "--") -> list[str]:
+    """The command line that makes `config` of `default`."""
+    options = []
+    for field in dataclasses.fields(config):
+        value, other = getattr(config, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(other):
+            options += _options(value, other, name + ".")
+        elif value != other:
+            options += [name, str(value)]
+    return options
+
+
+def test_sixteen_gpus_on_two_hosts_as_the_script_tells_it():
+    """Its one JSON object is the whole report, and the table goes to standard error."""
+    done = subprocess.run([sys.executable, "experiments/compile_for_pod.py", "--preset", "tiny", "--pod", "h100:2x8",
+                           "--json", *_options(RUN, RUNS["tiny"])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compile_seconds" in done.stderr
+    told = json.loads(done.stdout)
+    report = checked(PodReport(**told | {"collectives": [CollectiveTotal(**each) for each in told["collectives"]]}))
+    assert report.preset == "tiny"
+    assert report.compile_seconds > 0
     hops = {total.axis: total.bytes for total in report.collectives if total.kind == "all-to-all"}
     assert hops == _bytes_of_dispatch_and_combine()
     assert sum(total.bytes for total in report.collectives
@@ -113,11 +146,30 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {{
   ROOT %dot.2 = f32[8,8]{{1,0}} {product}
 }}
 """
-    pod, memory = parse_pod("h100:2x8"), SimpleNamespace(
-        peak_memory_in_bytes=0, argument_size_in_bytes=0, temp_size_in_bytes=0, output_size_in_bytes=0,
-        alias_size_in_bytes=0)
-    causes = report(memory, text, 0.0, RUN, pod, checked_mesh(RUN, pod), "").flops_per_token_by_cause
-    assert causes["compiler_recomputation"] == 2 * 8 ** 3 / TOKENS
+    assert _report("h100:2x8", text).flops_per_token_by_cause["compiler_recomputation"] == 2 * 8 ** 3 / TOKENS
+
+
+def _report(pod: str, text: str, mesh: MeshConfig = RUN.mesh) -> PodReport:
+    """Of a program written by hand."""
+    memory = SimpleNamespace(peak_memory_in_bytes=0, argument_size_in_bytes=0, temp_size_in_bytes=0,
+                             output_size_in_bytes=0, alias_size_in_bytes=0)
+    run = dataclasses.replace(RUN, mesh=mesh)
+    return report(memory, text, 0.0, run, parse_pod(pod), checked_mesh(run, parse_pod(pod)), "")
+
+
+@pytest.mark.parametrize(("pod", "mesh", "slow"), [
+    ("v5p:2x2x4", MeshConfig(scale_up=16, zero="full"), 0), ("v5p:2x2x2,slices=2", RUN.mesh, 512 / 2)])
+def test_one_slice_has_no_slow_network(pod, mesh, slow):
+    """Of 512 bytes spread over two slices half leave, at the rate of the slow network."""
+    found = _report(pod, """HloModule m, is_scheduled=true
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  ROOT %out = f32[16,8]{1,0} all-to-all(%p), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}
+""", mesh)
+    assert found.slow_seconds == pytest.approx(slow / parse_pod(pod).hardware.scale_out.bandwidth)
+    assert found.fast_seconds > 0
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -63,19 +63,25 @@ def _on_mesh(scale_out: int, scale_up: int, context: int, alignment: int):
                          check_vma=False)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@functools.cache
+def _program(*sizes: int):
+    """(arrays, experts, cotangent) -> (loss, result), gradients of the arrays: hidden, weights and scale."""
+    def loss(arrays, experts, cotangent):
+        hidden, weights, scale = arrays
+        out = _on_mesh(*sizes, 4)(hidden, experts, weights, scale)
+        return jnp.sum(out * cotangent), out
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 @pytest.mark.parametrize("kind", ["random", "all to the same experts", "one node"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_choice_is_computed_and_brought_home(sizes, kind):
     rng = np.random.default_rng(1)
     experts, hidden = _choices(kind), _payload()
     weights = rng.uniform(0.1, 1, experts.shape).astype(np.float32)
     scale = np.arange(1, EXPERTS + 1, dtype=np.float32)
     cotangent = _payload(seed=5)
-
-    def loss(hidden, weights, scale):
-        out = _on_mesh(*sizes, 4)(hidden, jnp.asarray(experts), weights, scale)
-        return jnp.sum(out * cotangent), out
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(hidden, weights, scale)
+    (_, out), grads = _program(*sizes)((hidden, weights, scale), experts, cotangent)
 
     gain = (weights * scale[experts]).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(out, hidden * gain, rtol=1e-6)

@@ -19,7 +19,7 @@ from dsv3_jax.presets import MODELS
 from tests import oracle
 from tests.weights import model_from_oracle
 
-TINY = dataclasses.replace(MODELS["tiny"], num_nextn_predict_layers=0)
+TINY = dataclasses.replace(MODELS["tiny"], num_hidden_layers=2, num_nextn_predict_layers=0)
 GREEDY = Sampling(temperature=0)
 PROMPTS = [np.array(p) for p in ([5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8], [200, 100])]
 

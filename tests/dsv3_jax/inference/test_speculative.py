@@ -22,7 +22,7 @@ from dsv3_jax.presets import MODELS
 from tests import oracle
 from tests.weights import model_from_oracle
 
-TINY = MODELS["tiny"]
+TINY = dataclasses.replace(MODELS["tiny"], num_hidden_layers=2)
 TWO_DEPTHS = dataclasses.replace(TINY, num_nextn_predict_layers=2)
 GREEDY = Sampling(temperature=0)
 PROMPTS = [np.array(p) for p in ([5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8], [200, 100])]
@@ -43,17 +43,21 @@ def _agreeing(config, strength):
     return weights
 
 
-def _generator(config, weights, speculative, **sizes):
+@functools.cache
+def _generator(config, speculative, **sizes):
     mesh = make_mesh(MeshConfig(**sizes) if sizes else MeshConfig(data=1), jax.devices()[:8 if sizes else 1])
+    return Generator(config, mesh, precision="float32", speculative=speculative)
+
+
+def _prepared(generator, config, weights):
     model = model_from_oracle(config, weights)
-    generator = Generator(config, mesh, precision="float32", speculative=speculative)
-    parts = (jax.device_put(x, shardings(x, mesh)) for x in nnx.split(model, nnx.Param, RouterBias)[1:])
-    return generator, generator.prepare(*parts)
+    parts = (jax.device_put(x, shardings(x, generator.mesh)) for x in nnx.split(model, nnx.Param, RouterBias)[1:])
+    return generator.prepare(*parts)
 
 
 def _generation(config, weights, speculative, tokens, sampling=GREEDY, prompts=PROMPTS, **sizes):
-    generator, prepared = _generator(config, weights, speculative, **sizes)
-    generation = generator.generate(prepared, prompts, tokens, sampling)
+    generator = _generator(config, speculative, **sizes)
+    generation = generator.generate(_prepared(generator, config, weights), prompts, tokens, sampling)
     generation.run()
     return generation
 
@@ -65,7 +69,7 @@ def _expected(config, weights, prompt, text, tokens):
     padded = np.zeros((1, 40), np.int32)
     padded[0, :len(ids)] = ids
     output = _forward(model, padded)
-    guesses = [np.argmax(model.logits(h)[0], axis=-1) for h in output]
+    guesses = [np.argmax(logits[0], axis=-1) for logits in output]
     known, drafted, kept = len(prompt), 0, 0  # t_0 .. t_known are known
     while known - len(prompt) + 1 < tokens:
         right = [guesses[k][known - 1] == ids[known + 1 + k] for k in range(len(guesses))]
@@ -76,7 +80,7 @@ def _expected(config, weights, prompt, text, tokens):
 
 @jax.jit
 def _forward(model, tokens):
-    return model(tokens).mtp_hidden
+    return [model.logits(hidden) for hidden in model(tokens).mtp_hidden]
 
 
 @pytest.mark.parametrize(("config", "strength", "least", "most"), [
@@ -100,8 +104,8 @@ def test_greedy_tokens_are_the_plain_ones_and_drafts_the_modules_own(config, str
 
 def test_the_modules_caches_hold_what_the_whole_text_gives():
     """After steps that kept all, some and no drafts. Of the last K + 1 positions the next step writes entries anew."""
-    weights, kept = _agreeing(TWO_DEPTHS, 0.1), set()
-    generator, prepared = _generator(TWO_DEPTHS, weights, True)
+    generator, kept = _generator(TWO_DEPTHS, True), set()
+    prepared = _prepared(generator, TWO_DEPTHS, _agreeing(TWO_DEPTHS, 0.1))
     rows = sampling_rows([GREEDY] * len(PROMPTS))
     state, first = generator._start(prepared, PROMPTS, 30, rows)
     texts = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, first, strict=True)]

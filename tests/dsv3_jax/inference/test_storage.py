@@ -96,7 +96,7 @@ def _empty(config, kind, entries):
     """One of `entries` a row whatever the window, with NaN where floating-point numbers are kept."""
     whole = dataclasses.replace(config, attention_window=None)
     storage = LatentCache.empty(whole, ROWS, entries, kind, mtp=False).storage
-    return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype != jnp.int8 else x, storage)
+    return jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype) if x.dtype != jnp.int8 else x, storage)
 
 
 @jax.jit
@@ -108,10 +108,10 @@ def _run(attention, hidden, storage, widths):
     """Decodes `hidden` in chunks: rows of odd number have their last chunk padded by one token."""
     outs, start = [], 0
     for width in widths:
-        positions = jnp.broadcast_to(start + jnp.arange(width), (ROWS, width))
-        lengths = jnp.full(ROWS, start + width)
+        positions = np.broadcast_to(start + np.arange(width, dtype=np.int32), (ROWS, width))
+        lengths = np.full(ROWS, start + width, np.int32)
         if start + width == TOKENS:
-            lengths -= jnp.arange(ROWS) % 2
+            lengths -= np.arange(ROWS, dtype=np.int32) % 2
         out, storage = _step(attention, hidden[:, start:start + width], positions, lengths, storage)
         outs.append(out)
         start += width
@@ -124,14 +124,14 @@ def _case(name):
     return config, make_attention(config, nnx.Rngs(0)), hidden
 
 
-@pytest.mark.parametrize("kind", ["float32", "float8", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "float8"])  # int8 differs from float8 in `quantize` alone
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_ring_equals_a_cache_that_keeps_everything(name, kind):
     """Float32 sums in another order, of the same stored values; however the tokens are cut into chunks."""
     config, attention, hidden = _case(name)
-    want, _ = _run(attention, hidden, _empty(config, kind, TOKENS), (5, 6))
+    want, _ = _run(attention, hidden, _empty(config, kind, TOKENS), (TOKENS,))
     real = np.arange(TOKENS) < TOKENS - (np.arange(ROWS) % 2)[:, None]
-    for widths in ((1,) * TOKENS, (5, 2, 4)):
+    for widths in ((1,) * TOKENS, (5, 2, 2, 2)):
         got, storage = _run(attention, hidden, _empty(config, kind, WINDOW), widths)
         assert np.isfinite(got).all()
         np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5 * np.abs(want[real]).max())

@@ -27,7 +27,10 @@ from tests.weights import model_from_oracle
 
 TINY = MODELS["tiny"]
 TWO_DEPTHS = dataclasses.replace(TINY, num_nextn_predict_layers=2)
-SMALL_RUN = dataclasses.replace(RUNS["tiny"], batch=BatchConfig(sequences=8, sequence_length=16), recompute="none")
+SHORT = dataclasses.replace(TINY, num_hidden_layers=2, num_nextn_predict_layers=0)
+PREDICTING = dataclasses.replace(SHORT, num_nextn_predict_layers=1)
+SMALL_RUN = dataclasses.replace(RUNS["tiny"], model=SHORT, batch=BatchConfig(sequences=8, sequence_length=16),
+                                recompute="none")
 
 
 def _tokens(config, batch=2, length=12):
@@ -35,15 +38,23 @@ def _tokens(config, batch=2, length=12):
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, columns))
 
 
-def _total(model, tokens, mtp_weight=0.3):
-    losses, _ = training_losses(model, tokens)
-    return losses.main + mtp_weight * losses.mtp
+@functools.cache
+def _two_depths():
+    """Weights, tokens, and what gives gradients: (weights of the two losses) -> losses, gradients."""
+    weights, tokens = oracle.random_weights(TWO_DEPTHS, seed=5), _tokens(TWO_DEPTHS, batch=8)
+    graphdef, params, rest = nnx.split(model_from_oracle(TWO_DEPTHS, weights), nnx.Param, ...)
+
+    def total(params, parts):
+        losses, _ = training_losses(nnx.merge(graphdef, params, rest), tokens)
+        return parts[0] * losses.main + parts[1] * losses.mtp, losses
+    program = jax.jit(jax.grad(total, has_aux=True))
+    return weights, tokens, lambda *parts: program(params, np.float32(parts))[::-1]
 
 
 def test_losses_equal_the_oracle():
-    weights, tokens = oracle.random_weights(TWO_DEPTHS, seed=4), _tokens(TWO_DEPTHS)
+    weights, tokens, gradients = _two_depths()
     main, depths = oracle.losses(TWO_DEPTHS, weights, tokens)
-    losses, _ = jax.jit(lambda m: training_losses(m, tokens))(model_from_oracle(TWO_DEPTHS, weights))
+    losses, _ = gradients(1, 0.3)
     assert float(losses.main) == pytest.approx(main, rel=1e-5)
     assert float(losses.mtp) == pytest.approx(np.mean(depths), rel=1e-5)
 
@@ -59,7 +70,7 @@ def test_gradient_equals_the_oracles_slope():
 
     The router's weights are left out of the direction: a step there can change a choice, which has no slope.
     """
-    weights, tokens = oracle.random_weights(TWO_DEPTHS, seed=5), _tokens(TWO_DEPTHS)
+    weights, tokens, gradients = _two_depths()
     rng = np.random.default_rng(1)
     moved = {name: rng.normal(size=w.shape) * w.std() if name.endswith(("o_proj.weight", "down_proj",
              "shared_experts.gate_proj.weight", "lm_head.weight", "eh_proj.weight")) else np.zeros_like(w)
@@ -70,24 +81,17 @@ def test_gradient_equals_the_oracles_slope():
                 for sign in (1, -1)]
         (up, up_mtp), (down, down_mtp) = ends
         return ((up - down) + 0.3 * (np.mean(up_mtp) - np.mean(down_mtp))) / (2 * step)
-    graphdef, params, rest = nnx.split(model_from_oracle(TWO_DEPTHS, weights), nnx.Param, ...)
     direction = nnx.state(model_from_oracle(TWO_DEPTHS, moved), nnx.Param)
-    grads = jax.jit(jax.grad(lambda p: _total(nnx.merge(graphdef, p, rest), tokens)))(params)
-    along = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    _, grads = gradients(1, 0.3)
+    along = sum(float(np.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
     assert along == pytest.approx(slope(1e-6), rel=1e-4)
 
 
 def test_prediction_loss_reaches_every_weight_it_should():
     """Fails if the multi-token-prediction loss, or its gradient anywhere, is silently zero."""
-    graphdef, params, rest = nnx.split(model_from_oracle(TWO_DEPTHS, oracle.random_weights(TWO_DEPTHS, seed=6)),
-                                       nnx.Param, ...)
-    tokens = _tokens(TWO_DEPTHS, batch=8)  # enough for every expert to get a token
-
-    def mtp_only(params):
-        return training_losses(nnx.merge(graphdef, params, rest), tokens)[0].mtp
-    loss, grads = jax.jit(jax.value_and_grad(mtp_only))(params)
-    assert float(loss) > 1
-    norms = {"/".join(map(str, path)): float(jnp.linalg.norm(v[...])) for path, v in nnx.to_flat_state(grads)}
+    losses, grads = _two_depths()[2](0, 1)  # tokens enough for every expert to get one
+    assert float(losses.mtp) > 1
+    norms = {"/".join(map(str, path)): np.linalg.norm(v.get_value()) for path, v in nnx.to_flat_state(grads)}
     assert any(name.startswith("mtp/1/") for name in norms)
     silent = [name for name, norm in norms.items() if norm == 0]
     assert silent == ["norm/weight"]  # the main model's final norm is not on the way (mtp_hidden is pre_norm)
@@ -105,15 +109,15 @@ def test_cross_entropy_gradient_is_autodiffs():
 
 def test_chunked_head_changes_nothing(monkeypatch):
     model = model_from_oracle(TINY, oracle.random_weights(TINY, seed=7))
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 64)), jnp.float32)
-    targets = jnp.asarray(np.random.default_rng(1).integers(0, 320, (2, 12)))
+    hidden = np.random.default_rng(0).normal(size=(2, 12, 64)).astype(np.float32)
+    targets = np.random.default_rng(1).integers(0, 320, (2, 12))
 
     def run(hidden):
         return jnp.sum(negative_log_likelihood(model.lm_head, hidden, targets) ** 2)
-    whole = jax.value_and_grad(run)(hidden)
+    whole = jax.jit(jax.value_and_grad(run))(hidden)
     monkeypatch.setattr("dsv3_jax.training.loss.LOGITS_AT_ONCE", 3 * 320)
     assert "while" in str(jax.make_jaxpr(run)(hidden)) or "scan" in str(jax.make_jaxpr(run)(hidden))
-    parts = jax.value_and_grad(run)(hidden)
+    parts = jax.jit(lambda x: jax.value_and_grad(run)(x))(hidden)
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_allclose(parts[1], whole[1], rtol=1e-4, atol=1e-5)
 
@@ -168,7 +172,8 @@ def _three_steps(**changes):
     mesh = make_mesh(config.mesh, devices)
     step, state = compile_train_step(config, mesh), init_state(config, mesh)
     batch = config.batch
-    tokens = np.random.default_rng(0).integers(0, 320, (8, batch.sequence_length + 2)).astype(np.int32)
+    columns = batch.sequence_length + 1 + config.model.num_nextn_predict_layers
+    tokens = np.random.default_rng(0).integers(0, 320, (8, columns)).astype(np.int32)
     losses = []
     for _ in range(3):
         state, metrics = step(state, jax.device_put(
@@ -180,14 +185,14 @@ def _three_steps(**changes):
 
 @pytest.mark.parametrize("changes", [
     {"mesh": (("scale_out", 2), ("scale_up", 4), ("capacity_factor", 1.0))},
-    {"mesh": (("data", 2), ("scale_up", 2), ("context", 2), ("zero", "full"))},
+    {"mesh": (("data", 2), ("scale_up", 2), ("context", 2), ("zero", "full")), "model": PREDICTING},
     {"mesh": (("context", 8),)},
     {"batch": (("sequences", 8), ("sequence_length", 16), ("micro_batches", 4))},
 ], ids=["expert parallel in rounds", "fully sharded, shared sequences", "one sequence over all devices",
         "four micro-batches"])
 def test_layout_changes_no_step(changes):
     """Losses within float32 rounding; weights after three steps within Adam's amplification of it."""
-    plain, plain_state = _three_steps()
+    plain, plain_state = _three_steps(**{k: v for k, v in changes.items() if k == "model"})
     other, other_state = _three_steps(**changes)
     np.testing.assert_allclose(other, plain, rtol=2e-5)
     for name, value in plain_state.items():
