@@ -7,9 +7,11 @@ is made by `platform_dependent`. Which card or chip of a platform is meant, the 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import jax
@@ -17,6 +19,15 @@ import jax
 Backend = Literal["reference", "hopper", "tpu"]
 
 _log = logging.getLogger(__name__)
+
+
+_MODULES: dict[Backend, str] = {"reference": "reference", "hopper": "gpu", "tpu": "tpu"}
+
+
+def backend_module(operation: str, backend: Backend) -> ModuleType:
+    """The module of an operation's folder that computes it so. All have the same functions; they are loaded when first
+    asked for, since kernels take a quarter of a second that a small CPU run need not pay."""
+    return importlib.import_module(f"pallas_kernels.{operation}.{_MODULES[backend]}")
 
 
 class Problem(Protocol):

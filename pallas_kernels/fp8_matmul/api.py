@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fp8_matmul import reference
 from pallas_kernels.fp8_matmul.reference import BLOCK
-from pallas_kernels.targets import Backend, dispatch
+from pallas_kernels.targets import Backend, backend_module, dispatch
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "backend"), inline=True)
@@ -47,7 +45,7 @@ def fp8_matmul(x_MK: jax.Array, x_scales: jax.Array, w_NK: jax.Array, w_scales: 
                       ((rows, blocks(terms)), (columns, terms), (blocks(columns), blocks(terms))))
 
     def run(name: Backend, *operands: jax.Array) -> jax.Array:
-        return _module(name).product(*operands, dtype)
+        return backend_module("fp8_matmul", name).product(*operands, dtype)
     return dispatch(run, _Problem(rows, columns, terms), backend, x_MK, x_scales, w_NK, w_scales)
 
 
@@ -77,14 +75,3 @@ class _Problem(NamedTuple):
         if backend == "tpu" and (self.terms % BLOCK or not self.rows * self.terms):
             return "K divisible by 128, and rows"
         return ""
-
-
-def _module(backend: Backend) -> ModuleType:
-    """Each has `product(x, x_scales, w, w_scales, dtype)`."""
-    if backend == "hopper":
-        from pallas_kernels.fp8_matmul import gpu  # what a small CPU run need not load
-        return gpu
-    if backend == "tpu":
-        from pallas_kernels.fp8_matmul import tpu
-        return tpu
-    return reference

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import chex
@@ -11,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.fp8_matmul.api import blocks, check_types
-from pallas_kernels.fp8_wgrad import reference
-from pallas_kernels.targets import Backend, dispatch
+from pallas_kernels.targets import Backend, backend_module, dispatch
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "backend"), inline=True)
@@ -48,7 +46,7 @@ def fp8_wgrad(x_AM: jax.Array, x_scales: jax.Array, y_BM: jax.Array, y_scales: j
     chex.assert_shape(added, (rows, columns))
 
     def run(name: Backend, *operands: jax.Array) -> jax.Array:
-        return _module(name).gradient(*operands[:4], operands[4] if added else None, dtype)
+        return backend_module("fp8_wgrad", name).gradient(*operands[:4], operands[4] if added else None, dtype)
     return dispatch(run, _Problem(rows, columns, terms), backend, x_AM, x_scales, y_BM, y_scales, *added)
 
 
@@ -66,14 +64,3 @@ class _Problem(NamedTuple):
         if backend == "tpu" and not self.terms:
             return "tokens"
         return ""
-
-
-def _module(backend: Backend) -> ModuleType:
-    """Each has `gradient(x, x_scales, y, y_scales, accumulate, dtype)`."""
-    if backend == "hopper":
-        from pallas_kernels.fp8_wgrad import gpu  # what a small CPU run need not load
-        return gpu
-    if backend == "tpu":
-        from pallas_kernels.fp8_wgrad import tpu
-        return tpu
-    return reference

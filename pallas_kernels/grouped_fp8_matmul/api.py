@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import chex
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.fp8_matmul.api import blocks, check_types
 from pallas_kernels.fp8_matmul.reference import BLOCK
-from pallas_kernels.grouped_fp8_matmul import reference
-from pallas_kernels.targets import Backend, dispatch
+from pallas_kernels.targets import Backend, backend_module, dispatch
 
 
 @functools.partial(jax.jit, static_argnames=("alignment", "dtype", "backend"), inline=True)
@@ -47,7 +45,7 @@ def grouped_fp8_matmul(x_PK: jax.Array, x_scales: jax.Array, w_ENK: jax.Array, w
     _check_alignment(rows, alignment)
 
     def run(name: Backend, *operands: jax.Array) -> jax.Array:
-        return _module(name).product(*operands, alignment, dtype)
+        return backend_module("grouped_fp8_matmul", name).product(*operands, alignment, dtype)
     problem = _Problem("product", rows, columns, terms, groups, alignment)
     return dispatch(run, problem, backend, x_PK, x_scales, w_ENK, w_scales, group_sizes_E)
 
@@ -80,7 +78,7 @@ def grouped_fp8_wgrad(x_AP: jax.Array, x_scales: jax.Array, y_BP: jax.Array, y_s
     _check_alignment(terms, BLOCK)
 
     def run(name: Backend, *operands: jax.Array) -> jax.Array:
-        return _module(name).gradient(*operands, BLOCK, dtype)
+        return backend_module("grouped_fp8_matmul", name).gradient(*operands, BLOCK, dtype)
     problem = _Problem("gradient", rows, columns, terms, groups, BLOCK)
     return dispatch(run, problem, backend, x_AP, x_scales, y_BP, y_scales, group_sizes_E)
 
@@ -112,15 +110,3 @@ class _Problem(NamedTuple):
             fits = backend == "tpu" or self.rows % 64 == self.columns % 64 == 0
             need = "A and B divisible by 64"
         return "" if fits and self.rows * self.terms else need + ", and rows"
-
-
-def _module(backend: Backend) -> ModuleType:
-    """Each has `product(x, x_scales, w, w_scales, group_sizes, alignment, dtype)` and `gradient(x, x_scales, y,
-    y_scales, group_sizes, alignment, dtype)`."""
-    if backend == "hopper":
-        from pallas_kernels.grouped_fp8_matmul import gpu  # what a small CPU run need not load
-        return gpu
-    if backend == "tpu":
-        from pallas_kernels.grouped_fp8_matmul import tpu
-        return tpu
-    return reference

@@ -13,7 +13,6 @@ Source: DeepSeek-V3 Technical Report, section 3.3.2; "Insights into DeepSeek-V3"
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantise import reference
 from pallas_kernels.quantise.reference import TILE, Tile
-from pallas_kernels.targets import Backend, dispatch
+from pallas_kernels.targets import Backend, backend_module, dispatch
 
 Quantised = tuple[jax.Array, jax.Array]
 """Values float8_e4m3fn and scales float32."""
@@ -116,8 +115,9 @@ class _Problem(NamedTuple):
 
     def misfit(self, backend: Backend) -> str:
         """See `targets.Problem`."""
-        return "" if backend == "reference" else _module(backend).misfit(self.operation, self.shape, self.dtype,
-                                                                         self.tile)
+        if backend == "reference":
+            return ""
+        return backend_module("quantise", backend).misfit(self.operation, self.shape, self.dtype, self.tile)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # so that a model's many equal casts are traced once
@@ -128,16 +128,6 @@ def _run(x: jax.Array, problem: _Problem, backend: Backend | None) -> Any:
 
 
 def _compute(problem: _Problem, backend: Backend, x: jax.Array) -> Any:
-    function = getattr(_module(backend), problem.operation)
+    # Each module has the operations as `operation(x, [tile,] power_of_two)`.
+    function = getattr(backend_module("quantise", backend), problem.operation)
     return function(x, *([problem.tile] if problem.operation == "quantise" else []), problem.power_of_two)
-
-
-def _module(backend: Backend) -> ModuleType:
-    """Each has the operations above as `operation(x, [tile,] power_of_two)`, and each but the reference `misfit`."""
-    if backend == "hopper":
-        from pallas_kernels.quantise import gpu  # what a small CPU run need not load
-        return gpu
-    if backend == "tpu":
-        from pallas_kernels.quantise import tpu
-        return tpu
-    return reference
