@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.precision.accumulator import hopper_grouped_matmul, hopper_grouped_wgrad, hopper_matmul
 from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import Cast, LinearRecipe
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -132,6 +133,11 @@ def _swiglu_cast(gate_up: jax.Array, cast: Cast) -> Quantised:
 def _product(x: Quantised, w: Quantised, group_sizes_E: jax.Array | None, dtype: jnp.dtype,
              static: _Static) -> jax.Array:
     """[M, N] from x [M, K] and w [N, K], or [E, N, K] for groups."""
+    if not static.recipe.promoted:
+        x_MK, w_KN = x.dequantise(), w.transposed.dequantise()
+        if group_sizes_E is None:
+            return hopper_matmul(x_MK, w_KN, promote_every=None).astype(dtype)
+        return hopper_grouped_matmul(x_MK, w_KN, group_sizes_E).astype(dtype)
     if (x.tile, w.tile) == (ROW, BLOCK):
         operands = x.values, x.scales, w.values, w.scales
         if group_sizes_E is None:
@@ -143,12 +149,15 @@ def _product(x: Quantised, w: Quantised, group_sizes_E: jax.Array | None, dtype:
 
 def _weight_gradient(x: Quantised, dy: Quantised, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
     """float32 [K, N], or [E, K, N] for groups, from x [K, M] and dy [N, M]."""
-    if (x.tile, dy.tile) == (ROW, ROW):
+    promoted = static.recipe.promoted
+    if promoted and (x.tile, dy.tile) == (ROW, ROW):
         operands = x.values, x.scales, dy.values, dy.scales
         return fp8_wgrad(*operands) if group_sizes_E is None else grouped_fp8_wgrad(*operands, group_sizes_E)
     x_MK, dy_MN = x.transposed.dequantise(), dy.transposed.dequantise()
     if group_sizes_E is None:
-        return x_MK.T @ dy_MN
+        return x_MK.T @ dy_MN if promoted else hopper_matmul(x_MK.T, dy_MN, promote_every=None)
+    if not promoted:
+        return hopper_grouped_wgrad(x_MK, dy_MN, group_sizes_E)
 
     def of_weight(weight: jax.Array) -> jax.Array:
         return grouped_matmul(x_MK, weight, group_sizes_E, alignment=static.alignment)

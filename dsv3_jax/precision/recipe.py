@@ -8,6 +8,7 @@ products of a linear layer read their operands, and what its backward keeps of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,9 +17,9 @@ from flax import nnx
 
 from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Tile
 
-Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks"]
-"""The last two are what paper 2 warns of: one scale for a whole tensor, and gradients in the blocks of weights, with
-which a 16B model diverged (appendix B.2)."""
+Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
+"""The last three are what paper 2 warns of: one scale for a whole tensor; gradients in the blocks of weights, with
+which a 16B model diverged (appendix B.2); sums that never leave Hopper's tensor cores, simulated, so for studies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LinearRecipe:
     """dy in Wgrad."""
     kept: Literal["input", "input_of_wgrad", "e5m6"] = "input_of_wgrad"
     """What the backward keeps of x: one of the operands above (of "input" it makes the other anew), or E5M6."""
+    promoted: bool = True
+    """Whether a product's sum is in float32; False: all of it as Hopper's tensor cores add (accumulator.py)."""
 
 
 _ALIKE, _ALIKE_DOWN = Cast(ROW, power_of_two=True), Cast(COLUMN, power_of_two=True)
@@ -73,13 +76,16 @@ _FP8 = PrecisionRecipe(
     down=LinearRecipe(gradient=_ALIKE, gradient_of_wgrad=_ALIKE_DOWN))
 
 
+def _changed(change: Callable[[LinearRecipe], LinearRecipe]) -> PrecisionRecipe:
+    """The paper's recipe with every linear layer's changed."""
+    roles = (field.name for field in dataclasses.fields(PrecisionRecipe))
+    return PrecisionRecipe(**{role: change(getattr(_FP8, role)) for role in roles})
+
+
 def _with_tile(tile: Tile | None, *operands: str) -> PrecisionRecipe:
     """The paper's recipe with another tile for these operands of every linear layer."""
-    def changed(recipe: LinearRecipe) -> LinearRecipe:
-        casts = {name: dataclasses.replace(getattr(recipe, name), tile=tile) for name in operands}
-        return dataclasses.replace(recipe, **casts)
-    roles = (field.name for field in dataclasses.fields(PrecisionRecipe))
-    return PrecisionRecipe(**{role: changed(getattr(_FP8, role)) for role in roles})
+    return _changed(lambda recipe: dataclasses.replace(
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), tile=tile) for name in operands}))
 
 
 RECIPES: dict[Precision, PrecisionRecipe] = {
@@ -88,6 +94,7 @@ RECIPES: dict[Precision, PrecisionRecipe] = {
     "fp8": _FP8,
     "fp8_tensor_scales": _with_tile(None, "input", "weight", "gradient", "input_of_wgrad", "gradient_of_wgrad"),
     "fp8_gradient_blocks": _with_tile(BLOCK, "gradient", "gradient_of_wgrad"),
+    "fp8_no_promotion": _changed(lambda recipe: dataclasses.replace(recipe, promoted=False)),
 }
 COMPUTE_FORMAT: dict[Precision, Literal["bf16", "float32"]] = {
     name: "float32" if name == "float32" else "bf16" for name in RECIPES}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.precision.accumulator import hopper_matmul
 from dsv3_jax.precision.linear import linear, swiglu_linear
 from dsv3_jax.precision.quantised import COLUMN, ROW, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import RECIPES, Cast
@@ -15,6 +16,7 @@ FP8 = RECIPES["fp8"]
 RECIPES_TESTED = {"linear": FP8.linear, "after attention": FP8.after_attention, "up": FP8.up, "down": FP8.down,
                   "one scale a tensor": RECIPES["fp8_tensor_scales"].linear,
                   "gradients in blocks": RECIPES["fp8_gradient_blocks"].linear}
+NO_PROMOTION = RECIPES["fp8_no_promotion"].linear
 
 
 def _read(x, cast):
@@ -72,6 +74,28 @@ def test_groups_are_matrices_of_their_own(name):
         start += size
     assert not np.any(out[384:])
     assert not np.any(dx[384:])
+
+
+def test_sums_without_promotion_lose_what_the_tensor_cores_cut_off():
+    """Every product is the simulated one of what its operands read, with groups and without."""
+    x, w, dy = _operands((384, 256, 128), groups=2)
+    sizes = jnp.asarray([256, 0], jnp.int32)
+    x, dy = x.at[256:].set(0), dy.at[256:].set(0)
+    out, pull = jax.vjp(lambda x, w: linear(x, w, NO_PROMOTION, group_sizes_E=sizes, alignment=128), x, w)
+    alone, pull_alone = jax.vjp(lambda x, w: linear(x, w, NO_PROMOTION), x[:256], w[0])
+    (dx, dw), (dx_alone, dw_alone) = pull(dy), pull_alone(dy[:256])
+    for got, want in ((out[:256], alone), (dx[:256], dx_alone), (dw[0], dw_alone)):
+        np.testing.assert_array_equal(got, want)
+    assert not np.any(out[256:])
+    assert not np.any(dw[1])
+    sources = {"input": x, "weight": w[0], "gradient": dy, "input_of_wgrad": x, "gradient_of_wgrad": dy}
+    read = {name: _read(source, getattr(NO_PROMOTION, name)).astype(np.float32) for name, source in sources.items()}
+    operands = ((alone, read["input"][:256], read["weight"]), (dx_alone, read["gradient"][:256], read["weight"].T),
+                (dw_alone, read["input_of_wgrad"][:256].T, read["gradient_of_wgrad"][:256]))
+    for got, left, right in operands:
+        np.testing.assert_array_equal(got, hopper_matmul(left, right, promote_every=None))
+        exact = left.astype(np.float64) @ right
+        assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-2  # 14 bits, 256 terms; float32 has 24
 
 
 def test_swiglu_is_computed_again_from_float8():
