@@ -138,10 +138,14 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], table: dict[str, t
 
 
 def shardings(state: Any, mesh: Mesh, table: dict[str, tuple[str, ...]] = STORAGE) -> Any:
-    """`NamedSharding`s for a tree of `nnx.Variable`s, each with `axes` metadata; the same tree structure."""
+    """`NamedSharding`s for a tree of `nnx.Variable`s, each with `axes` metadata; the same tree structure.
+
+    A value may be several arrays with these axes, as float8 and its scales; each is laid out for its own shape.
+    """
     def one(variable: nnx.Variable) -> nnx.Variable:
-        spec = partition_spec(variable.get_metadata("axes"), variable.get_value().shape, table, mesh)
-        return variable.replace(NamedSharding(mesh, spec))
+        axes = variable.get_metadata("axes")
+        return variable.replace(jax.tree.map(
+            lambda x: NamedSharding(mesh, partition_spec(axes, x.shape, table, mesh)), variable.get_value()))
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
@@ -221,8 +225,7 @@ def copy_for_each_device(state: Any) -> Any:
     return jax.tree.map(one, state)
 
 
-def on_own_tokens(function: Callable[[jax.Array, jax.Array], jax.Array], weight: jax.Array,
-                  x_BTD: jax.Array) -> jax.Array:
+def on_own_tokens(function: Callable[[Any, jax.Array], jax.Array], weight: Any, x_BTD: jax.Array) -> jax.Array:
     """`function(weight, tokens)` by each device for its part of x [B, T, ...], which the result is split as.
 
     The gradient of the weight is summed as its storage asks, see `copy_for_each_device`.
@@ -231,8 +234,8 @@ def on_own_tokens(function: Callable[[jax.Array, jax.Array], jax.Array], weight:
         return function(weight, x_BTD)
     spec = _spec_of_tokens(x_BTD)
 
-    def local(copy: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return function(copy[0], x_BTD)
+    def local(copy: Any, x_BTD: jax.Array) -> jax.Array:
+        return function(jax.tree.map(lambda leaf: leaf[0], copy), x_BTD)
     return on_each_device(local, (PartitionSpec(SPREAD), spec), spec)(copy_for_each_device(weight), x_BTD)
 
 
@@ -249,10 +252,12 @@ def gather_for_compute(state: Any) -> Any:
         return state
 
     def one(variable: nnx.Variable) -> nnx.Variable:
-        value, axes = variable.get_value(), variable.get_metadata("axes")
-        compute = partition_spec(axes, value.shape, COMPUTE, mesh)
-        storage = partition_spec(axes, value.shape, STORAGE, mesh)
-        return variable.replace(_relayout(value, (*_gather_steps(storage, compute), compute), storage))
+        axes = variable.get_metadata("axes")
+
+        def laid_out(x: jax.Array) -> jax.Array:
+            compute, storage = (partition_spec(axes, x.shape, table, mesh) for table in (COMPUTE, STORAGE))
+            return _relayout(x, (*_gather_steps(storage, compute), compute), storage)
+        return variable.replace(jax.tree.map(laid_out, variable.get_value()))
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 

@@ -23,7 +23,7 @@ from dsv3_jax.interop.published_config import read_json
 from dsv3_jax.interop.run_checkpoint import RunCheckpoint
 from dsv3_jax.interop.tokenizer import Tokenizer
 from dsv3_jax.mesh import make_mesh, mesh_shape
-from dsv3_jax.precision.recipe import COMPUTE_DTYPE, Precision
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, Precision, holds_float8
 from dsv3_jax.training import runtime
 
 
@@ -89,7 +89,8 @@ def load_for_inference(options: FolderOptions) -> Loaded:
         precision = read_json(options.folder / "config.json")["precision"]
     devices = jax.devices()
     mesh = make_mesh(options.mesh, devices[:math.prod(mesh_shape(options.mesh, len(devices)))])
-    params, router_bias = load(store, mesh, COMPUTE_DTYPE[precision], say=functools.partial(print, file=sys.stderr))
+    params, router_bias = load(store, mesh, COMPUTE_DTYPE[precision], float8=holds_float8(precision),
+                               say=functools.partial(print, file=sys.stderr))
     return Loaded(store.config, precision, mesh, params, router_bias, str(store.where))
 
 

@@ -10,6 +10,7 @@ being multiplied and written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,10 +96,15 @@ def block_of(ref: Ref, row: jax.Array, column: jax.Array) -> Callable[[Any, Any,
     return lambda r, c, rows, columns: ref.at[pl.ds(row + r, rows), pl.ds(column + c, columns)]
 
 
-def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
-    """Shared memory in 8 rows by 128 bytes, or a shorter row, swizzled: TMA and `wgmma` then meet no bank conflict."""
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, beyond: int = 0) -> Any:
+    """Shared memory in 8 rows by 128 bytes, or a shorter row, swizzled: TMA and `wgmma` then meet no bank conflict.
+
+    `beyond` is the width of the array in device memory, if whole rows of 128 bytes may not divide it: TMA wants that.
+    """
     itemsize = jnp.dtype(dtype).itemsize
     width = min(128, shape[-1] * itemsize)
+    if beyond * itemsize > width:
+        width = math.gcd(width, beyond * itemsize)
     # mypy takes a method of jax's base class for an abstract one.
     tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
     swizzle = plgpu.SwizzleTransform(width)  # type: ignore[abstract]

@@ -23,7 +23,7 @@ from dsv3_jax.inference.speculative import Window, speculative_step, window_of, 
 from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure, split_model
-from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, compute_weights
+from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, inference_weights
 
 SMALLEST_SIZE = 32
 """Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""
@@ -81,8 +81,8 @@ class Generator:
                                   out_shardings=(None, everywhere, everywhere))
 
     def prepare(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
-        """Weights as decoding uses them, once for many generations: in compute precision, gathered, and on CPU layer
-        by layer (see `forward.unstacked`). `params` is not changed."""
+        """Weights as decoding uses them, once for many generations: in compute precision, in float8 where products read
+        that, gathered, and on CPU layer by layer (see `forward.unstacked`). `params` is not changed."""
         if self._moved:
             params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
         with jax.set_mesh(self.mesh):
@@ -137,7 +137,7 @@ class Generator:
                     f"{', or '.join(remedies) or 'shorten both'}")
 
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
-        weights = compute_weights(params, self._precision)
+        weights = inference_weights(params, self._precision)
         weights = weights if self._spread else gather_for_compute(weights)
         model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
         return nnx.state(unstacked(model) if self._layers_apart else model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,40 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.interop.names import TensorSpec, published_tensors
+from dsv3_jax.interop.float8 import BLOCK, E4M3, scale_shape
+from dsv3_jax.interop.names import SCALE, TensorSpec, published_tensors
 from dsv3_jax.interop.store import Bounds, Store, row_blocks
 from dsv3_jax.interop.tree import TreeStore
 from dsv3_jax.mesh import shardings
 from dsv3_jax.nn.model import split_model
+from dsv3_jax.precision.quantised import Quantised
+from dsv3_jax.precision.recipe import in_float8
 
 Part = tuple[tuple[int, ...], int | None]
 """Of a stacked array: layer and expert, and which half of the last dimension."""
+Piece = tuple[np.ndarray, tuple[int, ...]]
+"""Values, and where they start in the slice they belong to."""
+Reader = Callable[[int, TensorSpec, Bounds], np.ndarray]
+"""(which of a variable's arrays, published tensor, what of it as ours lies) -> values."""
+HOST_BYTES = 2 ** 26
+"""Of an array, what a device holds is put together on the host if it is no more, since each array's shape wants a
+program on each device otherwise."""
 _NO_ROW = np.iinfo(np.int32).max
 
 
 def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_copies: bool = False,
-         say: Callable[[str], None] = print) -> tuple[nnx.State, nnx.State]:
+         float8: bool = False, say: Callable[[str], None] = print) -> tuple[nnx.State, nnx.State]:
     """(parameters, router biases) of `store`, laid out like a new training state on `mesh`.
 
-    A device's part of an array is assembled on the host from the slices of published tensors that lie in it, and
-    handed over before the next is begun. Every process of a run must load; each reads what its devices hold.
+    Published tensors go to the devices one by one, of each the slices that a device holds, so the host needs room for
+    one in `dtype`, and HOST_BYTES. Every process of a run must load; each reads what its devices hold.
 
     Args:
       dtype: of the parameters; float8 is multiplied by its scales in float32 first. Norms, routers and biases are
         float32 whatever it is, as in training.
       allow_different_copies: go on, with a line to `say`, if a prediction module's copy of embedding or head differs
         from the main one. The main one is used: the model here holds it once.
+      float8: keep float8 for what `precision.recipe.inference_weights` would make float8, codes and scales as stored.
 
     Raises:
       ConfigError: a tensor is missing, extra, misshapen, unreadable or not finite, or copies differ.
@@ -51,62 +63,121 @@ def load(store: Store, mesh: Mesh, dtype: Any = jnp.float32, allow_different_cop
             by_path.setdefault(spec.place.path, {})[spec.place.at, spec.place.half] = spec
     params, router_bias = jax.eval_shape(lambda: split_model(store.config)[1:])
 
+    def one(path: Any, variable: nnx.Variable) -> nnx.Variable:
+        parts = by_path.get(jax.tree_util.keystr(path, simple=True, separator="/"), {})
+        if float8 and variable.get_metadata("float8", False) and _stored_in_blocks(parts):
+            return _load_float8(store, parts, variable, mesh)
+        kind = jnp.float32 if variable.get_metadata("float32", True) else dtype
+        wanted = variable.replace(jax.ShapeDtypeStruct(variable.get_value().shape, kind))
+        return _load_variable(parts, wanted, mesh, lambda _, spec, ours: _read(store, spec, ours, kind), half_axis=-1)
+
     def fill(state: nnx.State) -> nnx.State:
-        def one(path: Any, variable: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
-            parts = by_path.get(jax.tree_util.keystr(path, simple=True, separator="/"), {})
-            shape = variable.get_value().shape
-            kind = jnp.float32 if variable.get_metadata("float32", True) else dtype
-            return variable.replace(_on_devices(
-                shape, sharding.get_value(), lambda bounds: _assemble(store, parts, shape, bounds).astype(kind)))
-        return jax.tree_util.tree_map_with_path(one, state, shardings(state, mesh),
-                                                is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return fill(params), fill(router_bias)
 
 
-def _on_devices(shape: tuple[int, ...], sharding: NamedSharding,
-                make: Callable[[Bounds], np.ndarray]) -> jax.Array:
-    """The array whose slices `make` gives; one slice at a time is on the host, also where devices hold the same."""
+def _stored_in_blocks(parts: Mapping[Part, TensorSpec]) -> bool:
+    """Whether the stored blocks are those of our array: two halves side by side must meet between blocks."""
+    return all(spec.dtype == E4M3 and (half is None or spec.shape[0] % BLOCK == 0)
+               for (_, half), spec in parts.items())
+
+
+def _load_float8(store: Store, parts: Mapping[Part, TensorSpec], variable: nnx.Variable, mesh: Mesh) -> nnx.Variable:
+    """The variable as `inference_weights` has it. Published matrices are the transposes it asks for."""
+    *leading, width_in, width_out = variable.get_value().shape
+    matrix = width_out, width_in
+    values: Any = jax.ShapeDtypeStruct((*leading, *matrix), jnp.float8_e4m3fn)
+    scales: Any = jax.ShapeDtypeStruct((*leading, *scale_shape(matrix)), jnp.float32)
+    wanted = in_float8(variable, Quantised(values, scales, (BLOCK, BLOCK)))
+
+    def read(leaf: int, spec: TensorSpec, ours: Bounds) -> np.ndarray:
+        return store.read(spec.name + ("" if leaf == 0 else SCALE), tuple(slice(*span) for span in ours))
+    return _load_variable(parts, wanted, mesh, read, half_axis=-2)
+
+
+def _load_variable(parts: Mapping[Part, TensorSpec], wanted: nnx.Variable, mesh: Mesh, read: Reader,
+                   half_axis: int) -> nnx.Variable:
+    """`wanted`, whose value says shapes and dtypes, with what `read` gives for each of its arrays."""
+    leaves, structure = jax.tree.flatten(wanted.get_value())
+    layouts = jax.tree.leaves(shardings(nnx.State({"": wanted}), mesh))
+    arrays = []
+    for i, (leaf, layout) in enumerate(zip(leaves, layouts, strict=True)):
+        pieces = functools.partial(_pieces, parts, leaf.shape, half_axis, functools.partial(read, i))
+        arrays.append(_on_devices(leaf, layout, pieces))
+    return wanted.replace(jax.tree.unflatten(structure, arrays))
+
+
+def _on_devices(wanted: jax.ShapeDtypeStruct, sharding: NamedSharding,
+                pieces: Callable[[Bounds], Iterator[Piece]]) -> jax.Array:
+    """The array made of `pieces` (of a slice); without pieces it is zero, like the bias of V2's routers."""
     devices: dict[Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+    for device, index in sharding.addressable_devices_indices_map(wanted.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), wanted.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     arrays = []
     for bounds, holders in devices.items():
-        values = make(bounds)
-        arrays += [jax.device_put(values, device) for device in holders]
-        jax.block_until_ready(arrays[-len(holders):])
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        shape = tuple(last - first for first, last in bounds)
+        assemble = _on_host if math.prod(shape) * wanted.dtype.itemsize <= HOST_BYTES else _piece_by_piece
+        arrays += jax.block_until_ready(assemble(shape, wanted.dtype, holders, pieces(bounds)))
+    return jax.make_array_from_single_device_arrays(wanted.shape, sharding, arrays)
 
 
-def _assemble(store: Store, parts: Mapping[Part, TensorSpec], shape: tuple[int, ...], bounds: Bounds) -> np.ndarray:
-    """float32: the slice of one of our arrays. Without published parts (the bias of V2's routers) it is zero."""
-    out = np.zeros([last - first for first, last in bounds], np.float32)
+def _on_host(shape: tuple[int, ...], dtype: Any, holders: list[jax.Device], pieces: Iterator[Piece]) -> list[jax.Array]:
+    whole = np.zeros(shape, dtype)
+    for values, starts in pieces:
+        lead = len(shape) - values.ndim
+        whole[starts[:lead]][tuple(slice(start, start + size) for start, size
+                                   in zip(starts[lead:], values.shape, strict=True))] = values
+    return [jax.device_put(whole, device) for device in holders]
+
+
+def _piece_by_piece(shape: tuple[int, ...], dtype: Any, holders: list[jax.Device],
+                    pieces: Iterator[Piece]) -> list[jax.Array]:
+    arrays = [jnp.zeros(shape, dtype, device=device) for device in holders]
+    for values, starts in pieces:
+        block = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
+        arrays = [_placed(array, jax.device_put(block, device), starts)
+                  for array, device in zip(arrays, holders, strict=True)]
+        jax.block_until_ready(arrays)  # or the host would hold more than one
+    return arrays
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(array: jax.Array, values: jax.Array, starts: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, values, starts)
+
+
+def _pieces(parts: Mapping[Part, TensorSpec], shape: tuple[int, ...], half_axis: int,
+            read: Callable[[TensorSpec, Bounds], np.ndarray], bounds: Bounds) -> Iterator[Piece]:
+    """What of each published tensor lies in a slice of one of our arrays, and where in the slice."""
     for (index, half), spec in parts.items():
-        lead, inner = bounds[:len(index)], bounds[len(index):]
+        lead, inner = bounds[:len(index)], list(bounds[len(index):])
         if not all(first <= i < last for i, (first, last) in zip(index, lead, strict=True)):
             continue
-        offset = 0 if half is None else half * spec.shape[0]
-        width = shape[-1] if half is None else spec.shape[0]
-        first, last = max(inner[-1][0], offset), min(inner[-1][1], offset + width)
-        if first >= last:
-            continue
-        ours = (*inner[:-1], (first - offset, last - offset))
-        target = out[tuple(i - start for i, (start, _) in zip(index, lead, strict=True))]
-        _copy(store, spec, ours, target[..., first - inner[-1][0]:last - inner[-1][0]])
-    return out
+        starts = [0] * len(inner)
+        if half is not None:
+            width = shape[half_axis] // 2
+            (first, last), offset = inner[half_axis], half * width
+            inner[half_axis] = (max(first - offset, 0), min(last - offset, width))
+            starts[half_axis] = max(offset - first, 0)
+        if all(first < last for first, last in inner):
+            at = [i - first for i, (first, _) in zip(index, lead, strict=True)]
+            yield read(spec, tuple(inner)), (*at, *starts)
 
 
-def _copy(store: Store, spec: TensorSpec, ours: Bounds, out: np.ndarray) -> None:
-    """Reads the slice `ours` of our [in, out] matrix, or vector, from its published tensor into `out`, by blocks."""
+def _read(store: Store, spec: TensorSpec, ours: Bounds, dtype: Any) -> np.ndarray:
+    """The slice `ours` of our [in, out] matrix, or vector, from its published tensor, by blocks."""
     theirs = ours[::-1] if spec.place.transposed else ours
     (begin, end), *columns = theirs
     rest = tuple(slice(*span) for span in columns)
+    out = np.empty([last - first for first, last in ours], dtype)
     for rows in row_blocks((end - begin, *spec.shape[1:])):
         values = store.read_float32(spec, (slice(begin + rows.start, begin + rows.stop), *rest))
         if spec.place.transposed:
             out[:, rows] = values.T
         else:
             out[rows] = values
+    return out
 
 
 def _check_copies(store: Store, specs: tuple[TensorSpec, ...], allow: bool, say: Callable[[str], None]) -> None:

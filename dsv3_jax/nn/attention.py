@@ -42,7 +42,7 @@ class MultiHeadLatentAttention(nnx.Module):
                                          ("embed", "latent"), std, rngs, recipe.linear)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, "latent", c.latent_norm_eps)
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim),
-                                ("latent", "heads"), std, rngs, recipe.linear)
+                                ("latent", "heads"), std, rngs, recipe.linear, float8=False)  # decoding absorbs it
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, ("heads", "embed"), std, rngs,
                              recipe.after_attention)
 

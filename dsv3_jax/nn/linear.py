@@ -8,22 +8,24 @@ from flax import nnx
 
 from dsv3_jax.mesh import on_own_tokens
 from dsv3_jax.precision.linear import linear, swiglu_linear
+from dsv3_jax.precision.quantised import Quantised
 from dsv3_jax.precision.recipe import LinearRecipe, PrecisionRecipe
 
 
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float,
-                 float32: bool = False) -> nnx.Param:
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, float32: bool = False,
+                 float8: bool = False) -> nnx.Param:
     """A normally distributed float32 weight. `axes` names its dimensions for `dsv3_jax.mesh`; `float32` keeps it in
-    float32 when compute weights are bf16."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, float32=float32)
+    float32 when compute weights are bf16; `float8` allows `precision.recipe.inference_weights` to hold it in float8."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, float32=float32,
+                     float8=float8)
 
 
 class Linear(nnx.Module):
     """y = x W without bias; `weight` is [in, out] (the published files hold [out, in])."""
 
     def __init__(self, width_in: int, width_out: int, axes: tuple[str, str], std: float, rngs: nnx.Rngs,
-                 recipe: LinearRecipe | None = None):
-        self.weight = normal_param(rngs, (width_in, width_out), axes, std)
+                 recipe: LinearRecipe | None = None, float8: bool = True):
+        self.weight = normal_param(rngs, (width_in, width_out), axes, std, float8=float8)
         self.recipe = recipe
 
     def __call__(self, x: jax.Array, *, keep: str | None = None, after_swiglu: bool = False) -> jax.Array:
@@ -37,10 +39,10 @@ class Linear(nnx.Module):
         if self.recipe is None:
             return product(x, self.weight[...], None, keep=keep)
 
-        def local(weight: jax.Array, x: jax.Array) -> jax.Array:
+        def local(weight: jax.Array | Quantised, x: jax.Array) -> jax.Array:
             rows = product(x.reshape(-1, x.shape[-1]), weight, self.recipe, keep=keep)
             return rows.reshape(*x.shape[:-1], -1)
-        return on_own_tokens(local, self.weight[...], x)
+        return on_own_tokens(local, self.weight.get_value(), x)
 
 
 class Embedding(nnx.Module):

@@ -45,15 +45,16 @@ class RoutedExperts(nnx.Module):
         self.config, self.recipe = config, recipe
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         std = config.initializer_range
-        self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std)
-        self.down_proj = normal_param(rngs, (experts, inner, width), ("expert", "mlp", "embed"), std)
+        self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std,
+                                         float8=True)
+        self.down_proj = normal_param(rngs, (experts, inner, width), ("expert", "mlp", "embed"), std, float8=True)
 
     def __call__(self, hidden_BTD: jax.Array, routing: Routing,
                  execution: Execution) -> tuple[jax.Array, jax.Array]:
         """[B, T, D] -> [B, T, D], sum over a token's experts of weight * FFN(token); and `RouterStats.rounds`."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
-                     self.gate_up_proj[...], self.down_proj[...])
+                     self.gate_up_proj.get_value(), self.down_proj.get_value())
         topology = Topology(config.n_routed_experts)
         if not mesh.empty:
             topology = topology._replace(scale_out=mesh.shape["scale_out"],

@@ -25,28 +25,32 @@ GROUP_ALIGNMENT = 128
 """Rows of a group in float8 are a multiple of this, so that no tile of 128 rows has two groups."""
 
 
-def linear(x_MK: jax.Array, weight: jax.Array, recipe: LinearRecipe | None, *, keep: str | None = None,
+Weight = jax.Array | Quantised
+"""[K, N] of x's dtype, or [E, K, N] with groups. For inference, and only with a recipe, its transpose in float8."""
+
+
+def linear(x_MK: jax.Array, weight: Weight, recipe: LinearRecipe | None, *, keep: str | None = None,
            group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
     """[M, K] -> [M, N] in x's dtype.
 
     Args:
       x_MK: rows; of groups, sorted by group.
-      weight: [K, N] of x's dtype, or [E, K, N] with groups.
+      weight: see `Weight`.
       recipe: None: in x's dtype.
       keep: name for what the backward needs of x, for a policy of recomputation.
       group_sizes_E: int32 [E], rows of each group, multiples of `alignment`; rows past them are ignored and give zero.
       alignment: a multiple of GROUP_ALIGNMENT where there are a recipe and groups.
     """
     if recipe is not None:
-        return _quantised(x_MK, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
+        return _run(x_MK, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
     return _plain(_named(x_MK, keep), weight, group_sizes_E, alignment)
 
 
-def swiglu_linear(gate_up_M2K: jax.Array, weight: jax.Array, recipe: LinearRecipe | None, *, keep: str | None = None,
+def swiglu_linear(gate_up_M2K: jax.Array, weight: Weight, recipe: LinearRecipe | None, *, keep: str | None = None,
                   group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
     """`linear` of silu(gate) * up, the halves of [M, 2K]. The backward computes SwiGLU again from what it keeps."""
     if recipe is not None:
-        return _quantised(gate_up_M2K, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
+        return _run(gate_up_M2K, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
     return _plain(swiglu(_named(gate_up_M2K, keep)), weight, group_sizes_E, alignment)
 
 
@@ -56,7 +60,8 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def _plain(x_MK: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+def _plain(x_MK: jax.Array, weight: Weight, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+    assert not isinstance(weight, Quantised), "float8 weights need a recipe"
     if group_sizes_E is None:
         return x_MK @ weight
     return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
@@ -73,6 +78,13 @@ class _Static(NamedTuple):
     keep: str | None
     alignment: int
     swiglu: bool
+
+
+def _run(x: jax.Array, weight: Weight, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
+    if not isinstance(weight, Quantised):
+        return _quantised(x, weight, group_sizes_E, static)
+    cast = _swiglu_cast if static.swiglu else _cast
+    return _product(cast(x, static.recipe.input), weight, group_sizes_E, x.dtype, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -43,12 +43,12 @@ def misfit(operation: str, shape: tuple[int, ...], dtype: jnp.dtype, tile: Tile)
     matrices, rows, width = math.prod(shape[:-2]), *shape[-2:]
     if operation == "quantise" and tile != (1, TILE):
         return "tiles of (1, 128)"
+    # TMA cuts memory into 8 rows by 32 bytes or more, of x and of float8, and copies scales by 16 bytes.
     if operation in ("quantise_transposed", "quantise_both"):
-        # TMA copies rows of whole 16 bytes: of x, of the values and, where they are float32 and transposed, the scales.
-        return "" if rows * width and matrices == 1 and rows % 16 == width % 16 == 0 else "one matrix, M and K by 16"
-    unit = 2 * TILE if operation == "swiglu_quantise" else 16
-    if not matrices * rows * width or matrices * rows % 4 or width % unit:
-        return f"rows divisible by 4 and columns by {unit}"
+        return "" if rows * width and matrices == 1 and rows % 32 == width % 32 == 0 else "one matrix, M and K by 32"
+    unit = 2 * TILE if operation == "swiglu_quantise" else 32
+    if not matrices * rows * width or matrices * rows % 8 or width % unit:
+        return f"rows divisible by 8 and columns by {unit}"
     return ""
 
 
@@ -212,10 +212,11 @@ def _call(name: str, compute: Callable[[list[Ref], list[Ref]], None], x_MK: jax.
                 fetch(step + slots)
         plgpu.wait_smem_to_gmem(0)
     body.__name__ = name
-    out_slots = len(results) * [hopper.swizzled((2, TILE, TILE), FP8), plgpu.SMEM((2, TILE), jnp.float32)]
+    out_slots = [slot for result in results for slot in (
+        hopper.swizzled((2, TILE, TILE), FP8, beyond=result.values.shape[1]), plgpu.SMEM((2, TILE), jnp.float32))]
     run = plgpu.kernel(
         body, out_type=[shape for result in results for shape in (result.values, result.scales)], grid=(blocks,),
         grid_names=("block",), scratch_types=[
-            hopper.swizzled((slots * len(offsets), TILE, TILE), x_MK.dtype), *out_slots,
+            hopper.swizzled((slots * len(offsets), TILE, TILE), x_MK.dtype, beyond=x_MK.shape[1]), *out_slots,
             plgpu.Barrier(num_arrivals=len(offsets), num_barriers=slots)])
     return run(x_MK)
