@@ -23,7 +23,7 @@ from dsv3_jax.inference.speculative import Window, speculative_step, window_of, 
 from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure, split_model
-from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, inference_weights
+from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, compute_weights, inference_weights
 
 SMALLEST_SIZE = 32
 """Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""
@@ -137,8 +137,8 @@ class Generator:
                     f"{', or '.join(remedies) or 'shorten both'}")
 
     def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
-        weights = inference_weights(params, self._precision)
-        weights = weights if self._spread else gather_for_compute(weights)
+        weights = compute_weights(params, self._precision)
+        weights = inference_weights(weights if self._spread else gather_for_compute(weights), self._precision)
         model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
         return nnx.state(unstacked(model) if self._layers_apart else model)
 

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.precision.accumulator import hopper_matmul
 from dsv3_jax.precision.linear import linear, swiglu_linear
-from dsv3_jax.precision.quantised import COLUMN, ROW, Quantised, QuantisedE5M6
+from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import RECIPES, Cast
 
 FP8 = RECIPES["fp8"]
@@ -96,6 +96,17 @@ def test_sums_without_promotion_lose_what_the_tensor_cores_cut_off():
         np.testing.assert_array_equal(got, hopper_matmul(left, right, promote_every=None))
         exact = left.astype(np.float64) @ right
         assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-2  # 14 bits, 256 terms; float32 has 24
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weights_in_float8_give_the_same_result(groups):
+    """Transposed in blocks, as inference holds them."""
+    x, w, _ = _operands((384, 200, 144), groups)
+    sizes = {} if groups == 1 else {"group_sizes_E": jnp.asarray([128, 0, 256], jnp.int32), "alignment": 128}
+    held = Quantised.of(w, BLOCK).transposed
+    for product, inputs in ((linear, x), (swiglu_linear, jnp.concatenate([x, x[::-1]], axis=1))):
+        np.testing.assert_array_equal(product(inputs, held, FP8.linear, **sizes),
+                                      product(inputs, w, FP8.linear, **sizes))
 
 
 def test_swiglu_is_computed_again_from_float8():
