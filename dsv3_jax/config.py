@@ -21,6 +21,7 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, its value and the remedy."""
 
 
+Transport = Literal["padded", "ragged"]
 Recompute = Literal["none", "paper", "experts", "full"]
 Attention = Literal["mla", "gqa", "mqa"]
 
@@ -232,6 +233,9 @@ class MeshConfig:
     capacity_factor: float = 1.5
     """Rows that a dispatch buffer holds, over the balanced load (at least 1). What exceeds it goes in further rounds,
     at the price of time: nothing is dropped. Has no effect without expert parallelism."""
+    transport: Transport = "padded"
+    """How rows travel: padded sends whole dispatch buffers, which runs everywhere; ragged only the rows in them (XLA's
+    ragged all-to-all; not on CPU)."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 
@@ -257,6 +261,8 @@ class Execution:
     """See `RunConfig.recompute`."""
     capacity_factor: float = 1.5
     """See `MeshConfig.capacity_factor`."""
+    transport: Transport = "padded"
+    """See `MeshConfig.transport`."""
 
     def __post_init__(self) -> None:
         _require_capacity("capacity_factor", self.capacity_factor)
@@ -457,7 +463,7 @@ class RunConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.recompute, self.mesh.capacity_factor)
+        return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport)
 
     @property
     def horizon_steps(self) -> int:

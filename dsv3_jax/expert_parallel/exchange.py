@@ -1,153 +1,140 @@
-"""Node-limited dispatch and combine in two hops (paper 1, section 4.3; paper 2, section 3.2.2).
+"""Dispatch and combine: rows to their experts and back, along a plan. Each is the other's gradient.
 
-Dispatch sends one copy of a token to each node that has an expert of it, over scale_out; that node forwards one copy
-to each of its devices concerned, in one hop over scale_up and context; the device makes one copy for each of its
-experts. Combine is the same path backwards: summed on the device, then inside the node, then at home, so the slow
-network carries one row for a (token, node) pair either way.
-
-This transport uses XLA's padded all-to-all. Its buffers hold what a round's quota allows (`rounds`), and a caller that
-keeps to the quota loses no token.
+Dispatch can carry float8 with its scales (paper 2, section 3.3.3: what is sent before the up-projection, and in the
+backward before the down-projection, is E4M3 with scales that are powers of two). Combine adds in float32 at each level
+and rounds to the format of the wire between them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.expert_parallel.permutation import (
-    Permutation,
-    choices_to_slots,
-    copy_to_slots,
-    group_counts,
-    permutation,
-    sum_from_slots,
-    weighted_sum_from_slots,
-)
-from dsv3_jax.expert_parallel.rounds import Quota
-from dsv3_jax.expert_parallel.topology import Topology
+from dsv3_jax.config import Transport
+from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
+from dsv3_jax.expert_parallel.plan import Axis, Hop, Moves, Plan
+from dsv3_jax.expert_parallel.transport import exchange
 from dsv3_jax.mesh import FAST_AXES
+from dsv3_jax.precision.quantised import ROW, Carried, Quantised
 
-Axis = str | tuple[str, ...]
-"""A mesh axis, or several in order that count as one, the last fastest."""
-
-
-class Plan(NamedTuple):
-    """A dispatch that was made, and all that its combine needs. A hop over an axis of size one is None."""
-
-    node_hop: Permutation | None
-    device_hop: Permutation | None
-    to_experts: Permutation
-    weights_P: jax.Array
-    """float32 [P]: the router's weight of each expert row."""
-    group_sizes_E: jax.Array
-    """int32 [experts_per_device]: rows of each expert, padding to the alignment included."""
+Rows = jax.Array | Carried
+"""[P, D] in the model's type, or in float8 and with a place for their gradient."""
 
 
-def _hop(owner_RK: jax.Array, owners: int, rows_each: int) -> Permutation:
-    """The plan of one hop: row r goes once to each owner that its choices name (`owners` = nowhere).
+class Wire(NamedTuple):
+    """How rows travel."""
 
-    Every column of the plan costs gathers of rows, so they are the owners or the choices, whichever are fewer.
-    """
-    if owners <= owner_RK.shape[1]:
-        wanted_RN = jnp.any(owner_RK[:, :, None] == jnp.arange(owners), axis=1)
-        bucket = jnp.where(wanted_RN, jnp.arange(owners), owners)
-    else:
-        named_before_RK = jnp.any(jnp.tril(owner_RK[:, :, None] == owner_RK[:, None, :], -1), axis=2)
-        bucket = jnp.where(named_before_RK, owners, owner_RK)
-    return permutation(bucket, rows_each * jnp.arange(owners), owners * rows_each)
+    dispatch: Literal["plain", "float8"] = "plain"
+    """In the rows' own type, or quantised once at home."""
+    gradients: Literal["plain", "float8"] = "plain"
+    """The same of the gradients of outputs, which the backward of `combine` dispatches."""
+    combine: Literal["plain", "float32"] = "plain"
+    """In the outputs' own type, or all sums in float32. The gradients of dispatched rows too."""
+    transport: Transport = "padded"
 
 
-def _swap(x: jax.Array, axis: Axis) -> jax.Array:
-    """Sends the n-th chunk of rows to the n-th rank of `axis`; its own inverse and its own transpose."""
-    return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
+class RowBytes(NamedTuple):
+    """Bytes of one row on the wire."""
+
+    dispatch: int
+    combine: int
+    dispatch_gradients: int
+    combine_gradients: int
 
 
-def _send(rows: jax.Array, weights_RK: jax.Array, experts_RK: jax.Array, hop: Permutation,
-          axis: Axis) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows with their choices and weights, copied by `hop` and exchanged over `axis`; empty slots choose nothing."""
-    experts = jnp.where(hop.choice_S[:, None] >= 0, copy_to_slots(experts_RK, hop), -1)
-    return _swap(copy_to_slots(rows, hop), axis), _swap(copy_to_slots(weights_RK, hop), axis), _swap(experts, axis)
-
-
-def _local(experts_RK: jax.Array, axis: Axis, size: int) -> jax.Array:
-    """Experts counted from the first of this rank along `axis`; -1 for those of other ranks, `size` a rank."""
-    local = experts_RK - size * jax.lax.axis_index(axis)
-    return jnp.where((experts_RK >= 0) & (local >= 0) & (local < size), local, -1)
-
-
-def _compact(experts_RK: jax.Array, weights_RK: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """The choices of each row moved to the front, in order, and cut to the `most` columns that can hold any.
-
-    A row's choices are spread over K columns of which a device owns few, and each column costs its own gather of rows.
-    """
-    if most >= experts_RK.shape[1]:
-        return experts_RK, weights_RK
-    place_RK = checkpoint_name(jnp.where(experts_RK >= 0, jnp.cumsum(experts_RK >= 0, axis=1) - 1, -1), "plan")
-    moved_RJK = place_RK[:, None, :] == jnp.arange(most)[:, None]
-    return (jnp.max(jnp.where(moved_RJK, experts_RK[:, None, :], -1), axis=2),
-            jnp.sum(jnp.where(moved_RJK, weights_RK[:, None, :], 0), axis=2))
-
-
-def _owner(experts_RK: jax.Array, size: int, ranks: int) -> jax.Array:
-    return jnp.where(experts_RK >= 0, experts_RK // size, ranks)
+def row_bytes(width: int, itemsize: int, wire: Wire) -> RowBytes:
+    """Of `width` values of `itemsize` bytes where they travel plain; a float8 row has a float32 scale for 128 values.
+    The plan's own numbers and a padded transport's empty slots are not in it."""
+    ways = {"plain": itemsize * width, "float32": 4 * width, "float8": width + 4 * -(-width // 128)}
+    return RowBytes(ways[wire.dispatch], ways[wire.combine], ways[wire.gradients], ways[wire.combine])
 
 
 @jax.named_scope("dispatch")
-def dispatch(hidden_TD: jax.Array, experts_TK: jax.Array, weights_TK: jax.Array, topology: Topology, quota: Quota,
-             alignment: int = 1) -> tuple[jax.Array, Plan]:
-    """Brings tokens to their experts. Runs inside a `shard_map` over the expert axes where they exceed one.
+def dispatch(hidden_TD: jax.Array, plan: Plan, wire: Wire = Wire()) -> Rows:
+    """Brings tokens to their experts. Runs where the plan was made.
 
     Args:
       hidden_TD: this device's tokens, [T, D].
-      experts_TK: int32 [T, K], distinct experts of each token, numbered over the model; -1 is no choice. They must keep
-        to `quota`, which is not checked here.
-      weights_TK: float32 [T, K].
-      topology: sizes of the two hops.
-      quota: what any device of the group sends to one node and to one device; it sets the size of all buffers.
-      alignment: every expert's rows are padded to a multiple of it.
 
     Returns:
-      rows_PD, grouped by this device's experts (padding rows are zero), and the plan for `combine`.
+      [P, D], grouped by this device's experts; padding rows are zero.
     """
-    rows, weights, experts = hidden_TD, weights_TK, experts_TK
-    node_hop = device_hop = None
-    if topology.scale_out > 1:
-        owner = _owner(experts, topology.experts_per_node, topology.scale_out)
-        node_hop = _hop(owner, topology.scale_out, quota.node_rows)
-        rows, weights, experts = _send(rows, weights, experts, node_hop, "scale_out")
-        experts = _local(experts, "scale_out", topology.experts_per_node)
-    if topology.scale_up > 1:
-        owner = _owner(experts, topology.experts_per_device, topology.scale_up)
-        rows_each = min(rows.shape[0], topology.scale_out * quota.device_choices)
-        device_hop = _hop(owner, topology.scale_up, rows_each)
-        rows, weights, experts = _send(rows, weights, experts, device_hop, FAST_AXES)
-        experts = _local(experts, FAST_AXES, topology.experts_per_device)
-
-    here = topology.experts_per_device
-    experts, weights = _compact(experts, weights, here)
-    bucket = jnp.where(experts >= 0, experts, here)
-    sizes_E = -(-group_counts(bucket, here) // alignment) * alignment
-    choices = min(topology.devices * quota.device_choices, experts.size)
-    slots = -(-(choices + here * (alignment - 1)) // alignment) * alignment
-    to_experts = permutation(bucket, jnp.cumsum(sizes_E) - sizes_E, slots)
-    plan = Plan(node_hop, device_hop, to_experts, choices_to_slots(weights, to_experts),
-                checkpoint_name(sizes_E, "plan"))
-    return copy_to_slots(rows, to_experts), plan
+    return _dispatch(hidden_TD, plan.moves, wire)
 
 
 @jax.named_scope("combine")
-def combine(outputs_PD: jax.Array, plan: Plan) -> jax.Array:
-    """Weights the experts' outputs and brings their sum home: [P, D] -> float32 [T, D].
+def combine(outputs_PD: jax.Array, plan: Plan, wire: Wire = Wire()) -> jax.Array:
+    """Brings the sum of the experts' outputs home: [P, D] -> float32 [T, D]. The router's weights are in them already.
 
-    Sums are float32 at each level (device, node, home) and rounded to the outputs' dtype for the network between them.
+    Sums are float32 at each level (device, node, home), each in the order of its choices.
     """
-    hops: list[tuple[Axis, Permutation | None]] = [(FAST_AXES, plan.device_hop), ("scale_out", plan.node_hop)]
-    levels = [(axis, hop) for axis, hop in hops if hop is not None]
-    dtypes = [outputs_PD.dtype] * len(levels) + [jnp.dtype(jnp.float32)]
-    rows = weighted_sum_from_slots(outputs_PD, plan.weights_P, plan.to_experts, dtypes[0])
-    for (axis, hop), dtype in zip(levels, dtypes[1:], strict=True):
-        rows = sum_from_slots(_swap(rows, axis), hop, dtype)
+    return _combine(outputs_PD, plan.moves, wire)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dispatch(hidden_TD: jax.Array, moves: Moves, wire: Wire) -> Rows:
+    if wire.dispatch == "plain":
+        return _out(hidden_TD, moves, wire)
+    sent = _out(Quantised.of(hidden_TD, ROW, power_of_two=True), moves, wire)
+    return Carried.of(sent, hidden_TD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _combine(outputs_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:
+    return _home(outputs_PD, moves, wire)
+
+
+def _dispatch_backward(wire: Wire, saved: tuple[Moves, jax.Array], grads: Rows) -> tuple[jax.Array, None]:
+    moves, like = saved
+    grads_PD = grads.carrier if isinstance(grads, Carried) else grads
+    return _home(grads_PD, moves, wire).astype(like.dtype), None
+
+
+def _combine_backward(wire: Wire, saved: tuple[Moves, jax.Array], grads_TD: jax.Array) -> tuple[jax.Array, None]:
+    moves, like = saved
+    grads_TD = grads_TD.astype(like.dtype)
+    if wire.gradients == "plain":
+        return _out(grads_TD, moves, wire), None
+    # Quantised again by the product that reads it, to the same codes: a power of two times a code is exact in bf16.
+    return _out(Quantised.of(grads_TD, ROW, power_of_two=True), moves, wire).dequantise(like.dtype), None
+
+
+def _empty(x: jax.Array) -> jax.Array:
+    """Nothing but a type, for the backward."""
+    return jnp.zeros((0,), x.dtype)
+
+
+_dispatch.defvjp(lambda hidden, moves, wire: (_dispatch(hidden, moves, wire), (moves, _empty(hidden))),
+                 _dispatch_backward)
+_combine.defvjp(lambda outputs, moves, wire: (_combine(outputs, moves, wire), (moves, _empty(outputs))),
+                _combine_backward)
+
+
+def _hops(moves: Moves) -> list[tuple[Axis, Hop]]:
+    hops: list[tuple[Axis, Hop | None]] = [("scale_out", moves.node_hop), (FAST_AXES, moves.device_hop)]
+    return [(axis, hop) for axis, hop in hops if hop is not None]
+
+
+def _out[Sent: (jax.Array, Quantised)](rows: Sent, moves: Moves, wire: Wire) -> Sent:
+    """From home to the experts: [T, ...] -> [P, ...] of every array in `rows`."""
+    def out(x: jax.Array) -> jax.Array:
+        for axis, hop in _hops(moves):
+            x = exchange(copy_to_slots(x, hop.copies), hop, axis, wire.transport)
+        return copy_to_slots(x, moves.to_experts)
+    return jax.tree.map(out, rows)
+
+
+def _home(rows_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:
+    """From the experts home, adding copies at each level: [P, D] -> float32 [T, D]."""
+    wide = jnp.dtype(jnp.float32)
+    on_wire = wide if wire.combine == "float32" else rows_PD.dtype
+    levels = _hops(moves)[::-1]
+    rows = sum_from_slots(rows_PD, moves.to_experts, on_wire if levels else wide)
+    for level, (axis, hop) in enumerate(levels, 1):
+        back = Hop(hop.copies, hop.received_N, hop.sent_N)
+        rows = sum_from_slots(exchange(rows, back, axis, wire.transport), hop.copies,
+                              on_wire if level < len(levels) else wide)
     return rows

@@ -101,17 +101,18 @@ def _before(count_TN: jax.Array) -> jax.Array:
 
 
 def in_rounds(one_round: OneRound, experts_TK: jax.Array, arrays: tuple[jax.Array, ...], topology: Topology,
-              quota: Quota) -> tuple[jax.Array, jax.Array]:
-    """The float32 sum of `one_round(choices of the round, *arrays)` over all rounds, and their number.
+              quota: Quota) -> tuple[jax.Array, Rounds]:
+    """The float32 sum of `one_round(choices of the round, *arrays)` over all rounds, and which those are.
 
     The sum can be differentiated in all `arrays`. `one_round` must not close over traced values. Where one round takes
     any routing, no loop is compiled.
     """
     if quota.is_never_exceeded(topology, *experts_TK.shape):
-        return one_round(experts_TK, *arrays), jnp.ones((), jnp.int32)
+        only = Rounds(jnp.where(experts_TK >= 0, 0, -1), jnp.ones((), jnp.int32))
+        return one_round(experts_TK, *arrays), only
     plan = assign_rounds(experts_TK, topology, quota)
     first_TD = one_round(_choices_of(0, experts_TK, plan), *arrays)
-    return _add_further_rounds(one_round, first_TD, experts_TK, plan, arrays), plan.rounds
+    return _add_further_rounds(one_round, first_TD, experts_TK, plan, arrays), plan
 
 
 def _choices_of(index: jax.Array | int, experts_TK: jax.Array, plan: Rounds) -> jax.Array:

@@ -23,7 +23,7 @@ from dsv3_jax.precision.recipe import PrecisionRecipe
 # attention and of the dense and shared feed-forward only, so it dispatches again: a routed row is kept by the device it
 # was sent to, num_experts_per_tok times and with the room of the buffers.
 _KEPT_BY_EXPERTS = ("plan", "latent", "query_key_value", "attention_out", "residual", "ffn_inner")
-_KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner", "expert_out"), "experts": _KEPT_BY_EXPERTS,
+_KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner"), "experts": _KEPT_BY_EXPERTS,
          "full": ("plan",)}
 
 SHORT_STACK = 4

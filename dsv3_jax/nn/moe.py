@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.expert_parallel.exchange import combine, dispatch
+from dsv3_jax.expert_parallel.exchange import Wire, combine, dispatch
+from dsv3_jax.expert_parallel.plan import Traffic, make_plan, traffic
 from dsv3_jax.expert_parallel.rounds import Quota, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, FAST_AXES, TOKENS, on_each_device
@@ -36,6 +36,8 @@ class RouterStats(NamedTuple):
     rounds: jax.Array
     """int32 scalar: dispatch rounds of the expert-parallel group that needed most; 1 unless some device was sent more
     than `MeshConfig.capacity_factor` allows."""
+    traffic: Traffic
+    """float32 scalars, sums over all devices."""
 
 
 class RoutedExperts(nnx.Module):
@@ -50,8 +52,8 @@ class RoutedExperts(nnx.Module):
         self.down_proj = normal_param(rngs, (experts, inner, width), ("expert", "mlp", "embed"), std, float8=True)
 
     def __call__(self, hidden_BTD: jax.Array, routing: Routing,
-                 execution: Execution) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D] -> [B, T, D], sum over a token's experts of weight * FFN(token); and `RouterStats.rounds`."""
+                 execution: Execution) -> tuple[jax.Array, jax.Array, Traffic]:
+        """[B, T, D] -> [B, T, D], sum over a token's experts of weight * FFN(token); and what `RouterStats` tells."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
                      self.gate_up_proj.get_value(), self.down_proj.get_value())
@@ -60,38 +62,46 @@ class RoutedExperts(nnx.Module):
             topology = topology._replace(scale_out=mesh.shape["scale_out"],
                                          scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))
         run = functools.partial(
-            _routed_ffn, topology=topology, recipe=self.recipe, capacity_factor=execution.capacity_factor,
+            _routed_ffn, topology=topology, recipe=self.recipe, execution=execution,
             reach=min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else config.n_routed_experts))
         weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
         # Expert weights enter replicated over `data`, and their gradient is summed over it here.
-        out_BTD, rounds = on_each_device(run, in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
-                                         out_specs=(TOKENS, devices))(*arguments)
-        return out_BTD, jnp.max(rounds)
+        out_BTD, rounds, sent = on_each_device(run, in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
+                                               out_specs=(TOKENS, devices, devices))(*arguments)
+        return out_BTD, jnp.max(rounds), jax.tree.map(jnp.sum, sent)
 
 
 def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, gate_up_EDF: jax.Array,
                 down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, reach: int,
-                capacity_factor: float) -> tuple[jax.Array, jax.Array]:
-    """One device's part: its tokens in, its tokens out, its experts in between; and [1], the rounds that took."""
+                execution: Execution) -> tuple[jax.Array, jax.Array, Traffic]:
+    """One device's part: its tokens in, its tokens out, its experts in between; and [1], what that took."""
     width, top_k = hidden_BTD.shape[-1], experts_BTK.shape[-1]
     hidden_TD, experts_TK = hidden_BTD.reshape(-1, width), experts_BTK.reshape(-1, top_k)
-    quota = round_quota(topology, len(hidden_TD), top_k, reach, capacity_factor)
+    quota = round_quota(topology, len(hidden_TD), top_k, reach, execution.capacity_factor)
     tile = expert_tile(experts_TK.size / topology.experts_per_device) if recipe.up is None else GROUP_ALIGNMENT
-    one_round = functools.partial(_one_round, topology=topology, recipe=recipe, quota=quota, tile=tile)
+    one_round = functools.partial(_one_round, topology=topology, recipe=recipe, wire=wire_of(recipe, execution),
+                                  quota=quota, tile=tile)
     arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
-    out_TD, rounds = in_rounds(one_round, experts_TK, arrays, topology, quota)
-    return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), rounds[None]
+    out_TD, plan = in_rounds(one_round, experts_TK, arrays, topology, quota)
+    sent = jax.tree.map(lambda x: x[None], traffic(experts_TK, plan.round_TK, topology))
+    return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), plan.rounds[None], sent
 
 
 def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Array, gate_up_EDF: jax.Array,
-               down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, quota: Quota,
+               down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, wire: Wire, quota: Quota,
                tile: int) -> jax.Array:
     """float32 [T, D]: what the given choices, within the quota, add to each token."""
-    rows_PD, plan = dispatch(hidden_TD, experts_TK, weights_TK, topology, quota, tile)
+    plan = make_plan(experts_TK, weights_TK, topology, quota, tile)
+    rows_PD = dispatch(hidden_TD, plan, wire)
     groups: dict[str, Any] = {"group_sizes_E": plan.group_sizes_E, "alignment": tile}
     inner_PF = linear(rows_PD, gate_up_EDF, recipe.up, keep="dispatched", **groups)
-    outputs_PD = swiglu_linear(inner_PF, down_EFD, recipe.down, keep="expert_inner", **groups)
-    return combine(checkpoint_name(outputs_PD, "expert_out"), plan)
+    outputs_PD = swiglu_linear(inner_PF, down_EFD, recipe.down, scale_M=plan.weights_P, keep="expert_inner", **groups)
+    return combine(outputs_PD, plan, wire)
+
+
+def wire_of(recipe: PrecisionRecipe, execution: Execution) -> Wire:
+    """How rows travel to experts and back."""
+    return Wire(recipe.dispatch, recipe.dispatch_gradients, recipe.combine, execution.transport)
 
 
 def expert_tile(rows_per_expert: float) -> int:
@@ -122,9 +132,9 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, hidden_BTD: jax.Array, execution: Execution) -> tuple[jax.Array, RouterStats]:
         """[B, T, D] -> ([B, T, D], routing statistics)."""
         routing = self.gate(hidden_BTD)
-        out, rounds = self.experts(hidden_BTD, routing, execution)
+        out, rounds, sent = self.experts(hidden_BTD, routing, execution)
         if self.config.n_shared_experts:
             out += self.shared_experts(hidden_BTD)
         stats = RouterStats(expert_load(routing.experts_K, self.config.n_routed_experts),
-                            sequence_balance_loss(self.config, routing.scores_E), rounds)
+                            sequence_balance_loss(self.config, routing.scores_E), rounds, sent)
         return out, jax.tree.map(jnp.asarray, stats)

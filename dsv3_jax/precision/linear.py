@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.precision.accumulator import hopper_grouped_matmul, hopper_grouped_wgrad, hopper_matmul
-from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, QuantisedE5M6
+from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Carried, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import Cast, LinearRecipe
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_wgrad import fp8_wgrad
@@ -29,12 +29,13 @@ Weight = jax.Array | Quantised
 """[K, N] of x's dtype, or [E, K, N] with groups. For inference, and only with a recipe, its transpose in float8."""
 
 
-def linear(x_MK: jax.Array, weight: Weight, recipe: LinearRecipe | None, *, keep: str | None = None,
+def linear(x_MK: jax.Array | Carried, weight: Weight, recipe: LinearRecipe | None, *, keep: str | None = None,
            group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
     """[M, K] -> [M, N] in x's dtype.
 
     Args:
-      x_MK: rows; of groups, sorted by group.
+      x_MK: rows; of groups, sorted by group. They may be in float8 already, as the recipe's `input` makes them, if the
+        recipe keeps that.
       weight: see `Weight`.
       recipe: None: in x's dtype.
       keep: name for what the backward needs of x, for a policy of recomputation.
@@ -42,16 +43,21 @@ def linear(x_MK: jax.Array, weight: Weight, recipe: LinearRecipe | None, *, keep
       alignment: a multiple of GROUP_ALIGNMENT where there are a recipe and groups.
     """
     if recipe is not None:
-        return _run(x_MK, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
+        return _run(x_MK, weight, None, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
     return _plain(_named(x_MK, keep), weight, group_sizes_E, alignment)
 
 
-def swiglu_linear(gate_up_M2K: jax.Array, weight: Weight, recipe: LinearRecipe | None, *, keep: str | None = None,
-                  group_sizes_E: jax.Array | None = None, alignment: int = 1) -> jax.Array:
-    """`linear` of silu(gate) * up, the halves of [M, 2K]. The backward computes SwiGLU again from what it keeps."""
+def swiglu_linear(gate_up_M2K: jax.Array, weight: Weight, recipe: LinearRecipe | None, *,
+                  scale_M: jax.Array | None = None, keep: str | None = None, group_sizes_E: jax.Array | None = None,
+                  alignment: int = 1) -> jax.Array:
+    """`linear` of silu(gate) * up, the halves of [M, 2K]. The backward computes SwiGLU again from what it keeps.
+
+    `scale_M`, float32, multiplies rows before the product. As weights of experts it is cheaper there than after it: the
+    backward needs no outputs, and gradients of outputs reach the products as they were sent.
+    """
     if recipe is not None:
-        return _run(gate_up_M2K, weight, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
-    return _plain(swiglu(_named(gate_up_M2K, keep)), weight, group_sizes_E, alignment)
+        return _run(gate_up_M2K, weight, scale_M, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
+    return _plain(_scaled(swiglu(_named(gate_up_M2K, keep)), scale_M), weight, group_sizes_E, alignment)
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -60,8 +66,13 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def _plain(x_MK: jax.Array, weight: Weight, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
-    assert not isinstance(weight, Quantised), "float8 weights need a recipe"
+def _scaled(x_MK: jax.Array, scale_M: jax.Array | None) -> jax.Array:
+    return x_MK if scale_M is None else (x_MK.astype(jnp.float32) * scale_M[:, None]).astype(x_MK.dtype)
+
+
+def _plain(x_MK: jax.Array | Carried, weight: Weight, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+    if isinstance(x_MK, Carried) or isinstance(weight, Quantised):
+        raise TypeError("float8 operands need a recipe")
     if group_sizes_E is None:
         return x_MK @ weight
     return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
@@ -80,44 +91,71 @@ class _Static(NamedTuple):
     swiglu: bool
 
 
-def _run(x: jax.Array, weight: Weight, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
+def _run(x: jax.Array | Carried, weight: Weight, scale_M: jax.Array | None, group_sizes_E: jax.Array | None,
+         static: _Static) -> jax.Array:
     if not isinstance(weight, Quantised):
-        return _quantised(x, weight, group_sizes_E, static)
-    cast = _swiglu_cast if static.swiglu else _cast
-    return _product(cast(x, static.recipe.input), weight, group_sizes_E, x.dtype, static)
+        return _quantised(x, weight, scale_M, group_sizes_E, static)
+    return _product(_input(x, scale_M, static), weight, group_sizes_E, _type_of(x), static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _quantised(x: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, static: _Static) -> jax.Array:
-    return _forward(x, weight, group_sizes_E, static)[0]
+def _type_of(x: jax.Array | Carried) -> jnp.dtype:
+    return x.carrier.dtype if isinstance(x, Carried) else x.dtype
 
 
-def _forward(x: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, static: _Static) -> tuple:
+def _input(x: jax.Array | Carried, scale_M: jax.Array | None, static: _Static) -> Quantised:
+    """The operand of the forward product."""
+    cast = static.recipe.input
+    if isinstance(x, Carried):
+        return x.quantised
+    if not static.swiglu:
+        return _cast(x, cast)
+    if cast.tile != ROW:
+        return _cast(_scaled(swiglu(x), scale_M), cast)
+    operand = Quantised.of_swiglu(x, cast.power_of_two)
+    return operand if scale_M is None else Quantised(operand.values, operand.scales * scale_M[:, None], ROW)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _quantised(x: jax.Array | Carried, weight: jax.Array, scale_M: jax.Array | None, group_sizes_E: jax.Array | None,
+               static: _Static) -> jax.Array:
+    return _forward(x, weight, scale_M, group_sizes_E, static)[0]
+
+
+def _forward(x: jax.Array | Carried, weight: jax.Array, scale_M: jax.Array | None, group_sizes_E: jax.Array | None,
+             static: _Static) -> tuple:
     recipe = static.recipe
     kept: Quantised | QuantisedE5M6
-    if static.swiglu:
-        quantised, kept = _swiglu_cast(x, recipe.input), Quantised.of(x, ROW)
-    elif recipe.kept == "input_of_wgrad":
+    if isinstance(x, Carried):
+        if recipe.kept != "input":
+            raise TypeError("input in float8 needs a recipe that keeps it")
+        quantised = kept = x.quantised
+    elif recipe.kept == "input_of_wgrad" and not static.swiglu:
         quantised, kept = _cast_both(x, recipe.input, recipe.input_of_wgrad)
     else:
-        quantised = _cast(x, recipe.input)
-        kept = quantised if recipe.kept == "input" else QuantisedE5M6.of(x)
-    out = _product(quantised, _cast(weight, recipe.weight).transposed, group_sizes_E, x.dtype, static)
-    return out, (_named(kept, static.keep), weight, group_sizes_E)
+        quantised = _input(x, scale_M, static)
+        kept = Quantised.of(x, ROW) if static.swiglu else quantised if recipe.kept == "input" else QuantisedE5M6.of(x)
+    out = _product(quantised, _cast(weight, recipe.weight).transposed, group_sizes_E, _type_of(x), static)
+    return out, (_named(kept, static.keep), isinstance(x, Carried), weight, scale_M, group_sizes_E)
 
 
 def _backward(static: _Static, saved: tuple, grads_MN: jax.Array) -> tuple:
-    kept, weight, group_sizes_E = saved
-    recipe, dtype, pull = static.recipe, grads_MN.dtype, None
+    kept, carried, weight, scale_M, group_sizes_E = saved
+    recipe, dtype = static.recipe, grads_MN.dtype
     if static.swiglu:
-        operand, pull = jax.vjp(swiglu, kept.dequantise(dtype))
-        kept = _cast_transposed(operand, recipe.input_of_wgrad)
+        inner, pull = jax.vjp(swiglu, kept.dequantise(dtype))
+        kept = _cast_transposed(_scaled(inner, scale_M), recipe.input_of_wgrad)
     elif recipe.kept != "input_of_wgrad":
         kept = _cast_transposed(kept.dequantise(dtype), recipe.input_of_wgrad)
     grads, across = _cast_both(grads_MN, recipe.gradient, recipe.gradient_of_wgrad)
-    d_operand = _product(grads, _cast(weight, recipe.weight), group_sizes_E, dtype, static)
+    d_x = _product(grads, _cast(weight, recipe.weight), group_sizes_E, dtype, static)
     d_weight = _weight_gradient(kept, across, group_sizes_E, static).astype(weight.dtype)
-    return d_operand if pull is None else pull(d_operand)[0], d_weight, None
+    d_scale = None
+    if static.swiglu:
+        if scale_M is not None:
+            d_scale = jnp.sum(d_x.astype(jnp.float32) * inner.astype(jnp.float32), axis=1)
+        d_x = pull(_scaled(d_x, scale_M))[0]
+    no_gradient: Any = None
+    return Carried(no_gradient, d_x) if carried else d_x, d_weight, d_scale, None
 
 
 _quantised.defvjp(_forward, _backward)
@@ -136,10 +174,6 @@ def _cast_both(x: jax.Array, cast: Cast, transposed: Cast) -> tuple[Quantised, Q
     if (cast.tile, transposed.tile, cast.power_of_two) == (ROW, COLUMN, transposed.power_of_two):
         return Quantised.both(x, cast.power_of_two)
     return _cast(x, cast), _cast_transposed(x, transposed)
-
-
-def _swiglu_cast(gate_up: jax.Array, cast: Cast) -> Quantised:
-    return Quantised.of_swiglu(gate_up, cast.power_of_two) if cast.tile == ROW else _cast(swiglu(gate_up), cast)
 
 
 def _product(x: Quantised, w: Quantised, group_sizes_E: jax.Array | None, dtype: jnp.dtype,

@@ -92,3 +92,18 @@ class QuantisedE5M6:
     def dequantise(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The numbers themselves, in `dtype`; bf16 holds them all."""
         return dequantise_e5m6(self.values, self.scales, ROW, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A quantised matrix, and what its gradient is the gradient of: float8 can have none itself. A pytree."""
+
+    quantised: Quantised
+    carrier: jax.Array
+    """Zeros of the matrix's shape, in the type its gradient has. Nobody reads them, so they are never made."""
+
+    @classmethod
+    def of(cls, quantised: Quantised, dtype: jax.typing.DTypeLike) -> Carried:
+        """With a gradient in `dtype`."""
+        return cls(quantised, jnp.zeros(quantised.values.shape, dtype))

@@ -1,8 +1,8 @@
 """Which format every number has where it is used (paper 2, section 3.3; paper 1, section 3.1).
 
 Under every recipe the embedding, the output head, the router, norms, softmax and losses compute as in bf16, master
-weights and sums of gradients are float32, and what a device sends for `combine` is bf16. A recipe says how the three
-products of a linear layer read their operands, and what its backward keeps of the input.
+weights and sums of gradients are float32. A recipe says how the three products of a linear layer read their operands,
+what its backward keeps of the input, and how rows travel to experts and back.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class LinearRecipe:
 _ALIKE, _ALIKE_DOWN = Cast(ROW, power_of_two=True), Cast(COLUMN, power_of_two=True)
 
 
+Sent = Literal["plain", "float8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecisionRecipe:
     """The linear layers of a model by what they need; None: products in the compute dtype."""
@@ -67,19 +70,24 @@ class PrecisionRecipe:
     """Up-projections of experts. Their input is sent in E4M3 with scales that are powers of two, and kept as sent."""
     down: LinearRecipe | None = None
     """SwiGLU and down-projection: what is kept is SwiGLU's input in E4M3; its output is computed again."""
+    dispatch: Sent = "plain"
+    """Tokens on their way to experts: in the compute dtype, or as `up` reads them."""
+    dispatch_gradients: Sent = "plain"
+    """Gradients of the experts' outputs on the same way: in the compute dtype, or as `down` reads them."""
+    combine: Literal["plain", "float32"] = "plain"
+    """Sums of experts' outputs on their way home, and of gradients of what was dispatched."""
 
 
-_FP8 = PrecisionRecipe(
-    linear=LinearRecipe(),
-    after_attention=LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="e5m6"),
-    up=LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="input"),
-    down=LinearRecipe(gradient=_ALIKE, gradient_of_wgrad=_ALIKE_DOWN))
+_LINEAR = LinearRecipe()
+_AFTER_ATTENTION = LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="e5m6")
+_UP = LinearRecipe(input=_ALIKE, input_of_wgrad=_ALIKE_DOWN, kept="input")
+_DOWN = LinearRecipe(gradient=_ALIKE, gradient_of_wgrad=_ALIKE_DOWN)
 
 
 def _changed(change: Callable[[LinearRecipe], LinearRecipe]) -> PrecisionRecipe:
-    """The paper's recipe with every linear layer's changed."""
-    roles = (field.name for field in dataclasses.fields(PrecisionRecipe))
-    return PrecisionRecipe(**{role: change(getattr(_FP8, role)) for role in roles})
+    """The paper's recipe with every linear layer's changed; what is sent is no longer what products read."""
+    linear, after_attention, up, down = map(change, (_LINEAR, _AFTER_ATTENTION, _UP, _DOWN))
+    return PrecisionRecipe(linear, after_attention, up, down)
 
 
 def _with_tile(tile: Tile | None, *operands: str) -> PrecisionRecipe:
@@ -91,7 +99,7 @@ def _with_tile(tile: Tile | None, *operands: str) -> PrecisionRecipe:
 RECIPES: dict[Precision, PrecisionRecipe] = {
     "bf16": PrecisionRecipe(),
     "float32": PrecisionRecipe(),
-    "fp8": _FP8,
+    "fp8": PrecisionRecipe(_LINEAR, _AFTER_ATTENTION, _UP, _DOWN, dispatch="float8", dispatch_gradients="float8"),
     "fp8_tensor_scales": _with_tile(None, "input", "weight", "gradient", "input_of_wgrad", "gradient_of_wgrad"),
     "fp8_gradient_blocks": _with_tile(BLOCK, "gradient", "gradient_of_wgrad"),
     "fp8_no_promotion": _changed(lambda recipe: dataclasses.replace(recipe, promoted=False)),

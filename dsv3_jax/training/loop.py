@@ -20,11 +20,14 @@ from jax.experimental import multihost_utils
 from dsv3_jax.codesign.counting import count_parameters, training_flops_per_token
 from dsv3_jax.codesign.hardware import peak_bf16_flops
 from dsv3_jax.config import RunConfig
+from dsv3_jax.expert_parallel.exchange import row_bytes
 from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.interop.load import load
 from dsv3_jax.interop.start import open_weights, tokenizer_warning
 from dsv3_jax.mesh import batch_sharding, check_batch, make_mesh
+from dsv3_jax.nn.moe import wire_of
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 from dsv3_jax.training import runtime
 from dsv3_jax.training.batches import Batches
 from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
@@ -70,6 +73,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
         self.resume_from = resume_from
         self._flops = training_flops_per_token(config.model, config.batch.sequence_length)
+        self._bytes_per_row = _bytes_per_row(config)
         peak = peak_bf16_flops(self.mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * self.mesh.size
         self._last_good: int | None = None
@@ -204,7 +208,7 @@ class Trainer:
         self._record = step_record(
             done, pending.metrics, learning_rate=pending.settings.learning_rate, seconds=now - self._clock,
             tokens=tokens, bytes_per_token=self.data.train.bytes_per_token, peak_flops=self._peak,
-            flops_per_token=self._flops)
+            flops_per_token=self._flops, bytes_per_row=self._bytes_per_row)
         self._clock = now
         log.write(self._record)
         if done % max(1, self.config.steps // LOAD_SNAPSHOTS) == 0:
@@ -294,6 +298,14 @@ class _StopOnSignal:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
+
+
+def _bytes_per_row(config: RunConfig) -> int:
+    """What a row dispatched in the forward costs in a step: its way back, the backward's ways, and a second dispatch
+    where recomputation asks for it."""
+    each = row_bytes(config.model.hidden_size, jnp.dtype(COMPUTE_DTYPE[config.precision]).itemsize,
+                     wire_of(RECIPES[config.precision], config.execution))
+    return sum(each) + each.dispatch * (config.recompute in ("experts", "full"))
 
 
 def train(config: RunConfig, run_dir: Path, say: Say = print, resume_from: int | None = None,

@@ -21,13 +21,16 @@ class Diverged(RuntimeError):
 
 
 def step_record(step: int, metrics: StepMetrics, *, learning_rate: float, seconds: float, tokens: int,
-                bytes_per_token: float | None, peak_flops: float | None, flops_per_token: float) -> dict[str, Any]:
+                bytes_per_token: float | None, peak_flops: float | None, flops_per_token: float,
+                bytes_per_row: int) -> dict[str, Any]:
     """One step's numbers as plain Python values; blocks until the step is done.
 
     bits_per_byte is the training loss per byte of text (None when only token ids are known), mfu the share of the
     devices' bf16 peak that causal model FLOPs make up (None without a known peak). load_max_over_mean is the mean over
     MoE layers of the busiest expert's load over the average, dead_experts counts experts that got no token.
     dispatch_rounds above 1 means that routing exceeded `mesh.capacity_factor` somewhere and cost further rounds.
+    nodes_per_token is the mean over tokens and layers; scale_out_bytes and scale_up_bytes are what the plans of all
+    layers send over either network, over all devices, at `bytes_per_row` there and back, forward and backward.
     """
     told: StepMetrics = jax.tree.map(np.asarray, jax.device_get(metrics))
     load_LE = told.load_LE
@@ -40,6 +43,9 @@ def step_record(step: int, metrics: StepMetrics, *, learning_rate: float, second
         "tokens_per_second": rate, "mfu": None if peak_flops is None else rate * flops_per_token / peak_flops,
         "load_max_over_mean": float(np.mean(load_LE.max(axis=-1) / load_LE.mean(axis=-1))),
         "dead_experts": int(np.sum(load_LE == 0)), "dispatch_rounds": int(told.dispatch_rounds),
+        "nodes_per_token": float(told.traffic.nodes / told.traffic.tokens),
+        "scale_out_bytes": float(told.traffic.scale_out_rows) * bytes_per_row,
+        "scale_up_bytes": float(told.traffic.scale_up_rows) * bytes_per_row,
     }
 
 
@@ -70,7 +76,8 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     return (f"step {r['step']}/{steps} loss {r['loss']:.4f} mtp_loss {r['mtp_loss']:.4f} bits_per_byte {bits} "
             f"grad_norm {r['grad_norm']:.3f} lr {r['learning_rate']:.2e} ms/step {r['step_ms']:.0f} "
             f"tokens/s {r['tokens_per_second']:.0f} mfu {mfu} load_max/mean {r['load_max_over_mean']:.2f} "
-            f"dead_experts {r['dead_experts']} dispatch_rounds {r['dispatch_rounds']} eta {duration(eta)}")
+            f"dead_experts {r['dead_experts']} dispatch_rounds {r['dispatch_rounds']} "
+            f"nodes/token {r['nodes_per_token']:.2f} eta {duration(eta)}")
 
 
 class RunLog:

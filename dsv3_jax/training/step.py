@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import batch_sharding, gather_for_compute
 from dsv3_jax.nn.model import model_structure
 from dsv3_jax.precision.recipe import compute_weights
@@ -27,6 +28,7 @@ class _Told(NamedTuple):
     losses: Losses
     load_LE: jax.Array
     dispatch_rounds: jax.Array
+    traffic: Traffic
 
 
 class StepMetrics(NamedTuple):
@@ -39,6 +41,8 @@ class StepMetrics(NamedTuple):
     """float32 [MoE layers + MTP depths, E]: tokens sent to each expert in the whole batch."""
     dispatch_rounds: jax.Array
     """int32: the most that any micro-batch, layer and expert-parallel group needed."""
+    traffic: Traffic
+    """float32: sums over micro-batches, layers and devices, of one dispatch each."""
 
 
 def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -53,7 +57,8 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
              settings: StepSettings) -> tuple[jax.Array, _Told]:
         losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.execution)
         total = (losses.main + settings.mtp_weight * losses.mtp + config.model.aux_loss_alpha * losses.balance)
-        return total, _Told(losses, output.stats.load_E, jnp.max(output.stats.rounds))
+        return total, _Told(losses, output.stats.load_E, jnp.max(output.stats.rounds),
+                            jax.tree.map(jnp.sum, output.stats.traffic))
 
     def step(state: TrainState, tokens: jax.Array, micro_batches: jax.Array,
              settings: StepSettings) -> tuple[TrainState, StepMetrics]:
@@ -70,7 +75,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
                          balanced_bias(state.router_bias, told.load_LE, settings.bias_speed,
                                        config.model.num_moe_layers),
                          optimizer_state, _moving_average(state.ema, params, config.optimizer.ema_decay), state.rng)
-        return new, StepMetrics(told.losses, optax.tree.norm(grads), told.load_LE, told.dispatch_rounds)
+        return new, StepMetrics(told.losses, optax.tree.norm(grads), *told[1:])
     return step
 
 
@@ -83,8 +88,8 @@ def weights_for_compute(params: nnx.State, config: RunConfig) -> nnx.State:
 
 def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, _Told]], tokens: jax.Array,
                              micro_batches: jax.Array) -> tuple[Any, _Told]:
-    """Mean gradients and losses, summed expert load and most rounds over the first `micro_batches` rows of tokens
-    [M, b, ...]."""
+    """Mean gradients and losses, summed expert load and traffic, and most rounds over the first `micro_batches` rows of
+    tokens [M, b, ...]."""
     if tokens.shape[0] == 1:
         return micro(tokens[0])
 

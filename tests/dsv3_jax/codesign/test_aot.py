@@ -81,13 +81,13 @@ def _bytes_of_dispatch_and_combine() -> dict[str, float]:
     """Each hop carries the buffers of the quota (capacity 1.5).
 
     Rows in bf16 five times: dispatch, its recomputation, combine, and the ways back of both. The float32 weights of all
-    rows go out twice and their gradient comes back; the int32 choices go once, being kept for the backward.
+    rows go out once and their gradient comes back; the int32 choices go once. What arrives is kept for the backward.
     """
     width, top_k, reach = MODEL.hidden_size, MODEL.num_experts_per_tok, MODEL.topk_group
     node_rows = min(TOKENS, int(1.5 * TOKENS * reach / 2))
     device_choices = int(1.5 * TOKENS * top_k / 16)
     rows = {("scale_out", 2): 2 * node_rows, ("scale_up", 8): 8 * min(2 * node_rows, 2 * device_choices)}
-    return {axis: (ranks - 1) / ranks * count * (5 * 2 * width + 3 * 4 * top_k + 4 * top_k)
+    return {axis: (ranks - 1) / ranks * count * (5 * 2 * width + 2 * 4 * top_k + 4 * top_k)
             for (axis, ranks), count in rows.items()}
 
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.expert_parallel.exchange import combine, dispatch
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, permutation, sum_from_slots
+from dsv3_jax.expert_parallel.plan import make_plan
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, make_mesh
@@ -44,10 +45,11 @@ def _payload(seed: int = 0) -> np.ndarray:
 
 def _moe(hidden, experts, weights, scale_E, *, topology, alignment):
     """An expert multiplies by its own number: enough to see who got what."""
-    rows, plan = dispatch(hidden, experts, weights, topology, ALL, alignment)
+    plan = make_plan(experts, weights, topology, ALL, alignment)
+    rows = dispatch(hidden, plan)
     ends = jnp.cumsum(plan.group_sizes_E)
     expert_P = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
-    return combine(rows * jnp.append(scale_E, 0)[expert_P][:, None], plan)
+    return combine(rows * (jnp.append(scale_E, 0)[expert_P] * plan.weights_P)[:, None], plan)
 
 
 TOKENS_AXES = P((*BATCH_AXES, "context"))
@@ -125,11 +127,13 @@ def test_slow_network_carries_one_row_for_a_token_and_node():
     topology = Topology(EXPERTS, 4, 2)
     mesh = make_mesh(MeshConfig(scale_out=4, scale_up=2))
 
-    def sent(hidden, experts, weights):
-        _, plan = dispatch(hidden, experts, weights, topology, ALL)
-        return jnp.sum(plan.node_hop.choice_S >= 0)[None], jnp.sum(plan.device_hop.choice_S >= 0)[None]
+    def sent(experts, weights):
+        moves = make_plan(experts, weights, topology, ALL).moves
+        for hop in (moves.node_hop, moves.device_hop):
+            assert hop.copies.choice_S.shape[0] % hop.sent_N.shape[0] == 0
+        return moves.node_hop.sent_N, moves.device_hop.sent_N
     node_rows, device_rows = jax.jit(jax.shard_map(
-        sent, mesh=mesh, in_specs=(TOKENS_AXES,) * 3, out_specs=(TOKENS_AXES,) * 2, check_vma=False))(
-        _payload(), jnp.asarray(experts), jnp.ones(experts.shape, jnp.float32))
+        sent, mesh=mesh, in_specs=(TOKENS_AXES,) * 2, out_specs=(TOKENS_AXES,) * 2, check_vma=False))(
+        jnp.asarray(experts), jnp.ones(experts.shape, jnp.float32))
     assert node_rows.sum() == sum(len(set(row // 4)) for row in experts)
     assert device_rows.sum() == sum(len(set(row // 2)) for row in experts)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.expert_parallel.exchange import combine, dispatch
+from dsv3_jax.expert_parallel.plan import make_plan
 from dsv3_jax.expert_parallel.rounds import Quota, assign_rounds, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import EXPERT_AXES, make_mesh
@@ -62,10 +63,11 @@ def _hashed(rows: int, seed: int) -> np.ndarray:
 
 def _one_round(experts, hidden, weights, matrices, *, topology, quota):
     """An expert is tanh(row) times its matrix."""
-    rows, plan = dispatch(hidden, experts, weights, topology, quota, alignment=4)
+    plan = make_plan(experts, weights, topology, quota, alignment=4)
+    rows = dispatch(hidden, plan)
     expert_P = jnp.searchsorted(jnp.cumsum(plan.group_sizes_E), jnp.arange(rows.shape[0]), side="right")
-    return combine(jnp.einsum("pd,pdf->pf", jnp.tanh(rows), jnp.pad(matrices, ((0, 1), (0, 0), (0, 0)))[expert_P]),
-                   plan)
+    outputs = jnp.einsum("pd,pdf->pf", jnp.tanh(rows), jnp.pad(matrices, ((0, 1), (0, 0), (0, 0)))[expert_P])
+    return combine(outputs * plan.weights_P[:, None], plan)
 
 
 def _quota(topology: Topology, factor: float) -> Quota:
@@ -80,8 +82,8 @@ def _program(data: int, scale_out: int, scale_up: int, factor: float):
     def run(experts, *arrays):
         quota = _quota(topology, factor)
         one_round = functools.partial(_one_round, topology=topology, quota=quota)
-        out, rounds = in_rounds(one_round, experts, arrays, topology, quota)
-        return out, rounds[None]
+        out, plan = in_rounds(one_round, experts, arrays, topology, quota)
+        return out, plan.rounds[None]
     tokens, owners = P(("data", "scale_out", "scale_up")), P(("scale_out", "scale_up"))
     devices = data * scale_out * scale_up
     mesh = make_mesh(MeshConfig(data=data, scale_out=scale_out, scale_up=scale_up), jax.devices()[:devices])
@@ -234,8 +236,10 @@ def test_buffers_hold_the_balanced_load_times_the_factor():
     shapes = {}
 
     def record(hidden, experts, weights):
-        rows, plan = dispatch(hidden, experts, weights, V3, quota, alignment=128)
-        shapes.update(rows=rows.shape[0], node=len(plan.node_hop.choice_S), device=len(plan.device_hop.choice_S))
+        plan = make_plan(experts, weights, V3, quota, alignment=128)
+        rows = dispatch(hidden, plan)
+        shapes.update(rows=rows.shape[0], node=len(plan.moves.node_hop.copies.choice_S),
+                      device=len(plan.moves.device_hop.copies.choice_S))
         return combine(rows, plan)
     tokens = P(EXPERT_AXES)
     mesh = AbstractMesh((8, 4, 2), EXPERT_AXES, axis_types=(AxisType.Auto,) * 3)

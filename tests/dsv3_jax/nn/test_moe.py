@@ -49,7 +49,7 @@ def _gradients(execution: Execution):
         return nnx.merge(graphdef, params)(hidden * 1, routing._replace(weights_K=weights), execution)
 
     def loss(*arguments):
-        out, rounds = recomputed(run, execution.recompute)(*arguments)
+        out, rounds, _ = recomputed(run, execution.recompute)(*arguments)
         return jnp.sum(out.astype(jnp.float32) * cotangent), (out, rounds)
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
