@@ -123,7 +123,7 @@ def by_owner(members: list[int], per_owner: int, in_owners_order: bool) -> list[
 
 
 def summed_by_level(chosen: np.ndarray, output, topology: Topology, between) -> np.ndarray:
-    """float32 [T, D]: of each token, experts on their device, devices in their node, nodes at home, rounded on each wire.
+    """float32 [T, D]: of each token, experts on their device, devices in their node, nodes at home, rounded on wires.
 
     Experts are added in the order of the token's choices. So are devices and nodes where they are more than the
     choices, else in their own order.
