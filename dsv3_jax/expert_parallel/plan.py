@@ -105,6 +105,11 @@ def make_plan(experts_TK: jax.Array, weights_TK: jax.Array, topology: Topology, 
 class Traffic(NamedTuple):
     """What a dispatch sends, before what a wire's padding adds. Its combine brings as much back."""
 
+    choices: jax.Array
+    """Of an expert by a token."""
+    delivered: jax.Array
+    """Choices of any device that reached their experts on this one. Over all devices as many as choices: none is
+    dropped."""
     tokens: jax.Array
     """That choose any expert."""
     nodes: jax.Array
@@ -115,8 +120,8 @@ class Traffic(NamedTuple):
     """Rows sent to other devices of the node."""
 
 
-def traffic(experts_TK: jax.Array, round_TK: jax.Array, topology: Topology) -> Traffic:
-    """float32 scalars, of this device's tokens; runs where the plan is made.
+def traffic(experts_TK: jax.Array, round_TK: jax.Array, delivered: jax.Array, topology: Topology) -> Traffic:
+    """float32 scalars, of this device's tokens but for `delivered`; runs where the plan is made.
 
     Args:
       experts_TK: int32 [T, K]; -1 is no choice.
@@ -131,7 +136,8 @@ def traffic(experts_TK: jax.Array, round_TK: jax.Array, topology: Topology) -> T
     def count(first_TK: jax.Array) -> jax.Array:
         return jnp.sum(first_TK & chosen_TK, dtype=jnp.float32)
     to_node_TK = _first_of_its_kind(node_TK, round_TK)
-    return Traffic(count(jnp.cumsum(chosen_TK, axis=1) == 1), count(_first_of_its_kind(node_TK)),
+    return Traffic(count(chosen_TK), delivered, jnp.sum(jnp.any(chosen_TK, axis=1), dtype=jnp.float32),
+                   count(_first_of_its_kind(node_TK)),
                    count(to_node_TK & (node_TK != own_node)),
                    # A token enters each node at the device with its own device's place there.
                    count(_first_of_its_kind(device_TK, round_TK) & (up_TK != own_up)))

@@ -21,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.expert_parallel.topology import Topology
 
-OneRound = Callable[..., jax.Array]
-"""(experts_TK, *arrays) -> float32 [T, D]: what the choices in experts_TK contribute; -1 is no choice."""
+OneRound = Callable[..., tuple[jax.Array, jax.Array]]
+"""(experts_TK, *arrays) -> (float32 [T, D], what the choices in experts_TK contribute; float32 scalar, choices that
+reached their experts on this device). -1 is no choice."""
 
 
 class Quota(NamedTuple):
@@ -101,18 +102,18 @@ def _before(count_TN: jax.Array) -> jax.Array:
 
 
 def in_rounds(one_round: OneRound, experts_TK: jax.Array, arrays: tuple[jax.Array, ...], topology: Topology,
-              quota: Quota) -> tuple[jax.Array, Rounds]:
-    """The float32 sum of `one_round(choices of the round, *arrays)` over all rounds, and which those are.
+              quota: Quota) -> tuple[jax.Array, jax.Array, Rounds]:
+    """The sums of both results of `one_round(choices of the round, *arrays)` over all rounds, and which those are.
 
-    The sum can be differentiated in all `arrays`. `one_round` must not close over traced values. Where one round takes
-    any routing, no loop is compiled.
+    The first can be differentiated in all `arrays`. `one_round` must not close over traced values. Where one round
+    takes any routing, no loop is compiled.
     """
     if quota.is_never_exceeded(topology, *experts_TK.shape):
         only = Rounds(jnp.where(experts_TK >= 0, 0, -1), jnp.ones((), jnp.int32))
-        return one_round(experts_TK, *arrays), only
+        return *one_round(experts_TK, *arrays), only
     plan = assign_rounds(experts_TK, topology, quota)
-    first_TD = one_round(_choices_of(0, experts_TK, plan), *arrays)
-    return _add_further_rounds(one_round, first_TD, experts_TK, plan, arrays), plan
+    first = one_round(_choices_of(0, experts_TK, plan), *arrays)
+    return *_add_further_rounds(one_round, first, experts_TK, plan, arrays), plan
 
 
 def _choices_of(index: jax.Array | int, experts_TK: jax.Array, plan: Rounds) -> jax.Array:
@@ -120,28 +121,28 @@ def _choices_of(index: jax.Array | int, experts_TK: jax.Array, plan: Rounds) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_further_rounds(one_round: OneRound, first_TD: jax.Array, experts_TK: jax.Array, plan: Rounds,
-                        arrays: tuple[jax.Array, ...]) -> jax.Array:
-    """first_TD plus rounds 1, 2, ... of the plan."""
-    def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, total_TD = carry
-        return index + 1, total_TD + one_round(_choices_of(index, experts_TK, plan), *arrays)
+def _add_further_rounds(one_round: OneRound, first: tuple[jax.Array, jax.Array], experts_TK: jax.Array, plan: Rounds,
+                        arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """The results of the first round plus those of rounds 1, 2, ... of the plan."""
+    def add(carry: tuple[jax.Array, tuple]) -> tuple[jax.Array, tuple]:
+        index, total = carry
+        return index + 1, jax.tree.map(jnp.add, total, one_round(_choices_of(index, experts_TK, plan), *arrays))
     with jax.named_scope("further_rounds"):
-        return jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, add, (jnp.int32(1), first_TD))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, add, (jnp.int32(1), first))[1]
 
 
-def _forward(one_round: OneRound, first_TD: jax.Array, experts_TK: jax.Array, plan: Rounds,
-             arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
-    return _add_further_rounds(one_round, first_TD, experts_TK, plan, arrays), (experts_TK, plan, arrays)
+def _forward(one_round: OneRound, first: tuple[jax.Array, jax.Array], experts_TK: jax.Array, plan: Rounds,
+             arrays: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    return _add_further_rounds(one_round, first, experts_TK, plan, arrays), (experts_TK, plan, arrays)
 
 
-def _backward(one_round: OneRound, saved: tuple, grads_TD: jax.Array) -> tuple:
-    experts_TK, plan, arrays = saved
+def _backward(one_round: OneRound, saved: tuple, grads: tuple[jax.Array, jax.Array]) -> tuple:
+    (experts_TK, plan, arrays), (grads_TD, _) = saved, grads
 
     def add(carry: tuple[jax.Array, tuple]) -> tuple[jax.Array, tuple]:
         index, total = carry
         chosen = _choices_of(index, experts_TK, plan)
-        own = jax.vjp(lambda *arrays: one_round(chosen, *arrays), *arrays)[1](grads_TD)
+        own = jax.vjp(lambda *arrays: one_round(chosen, *arrays)[0], *arrays)[1](grads_TD)
         return index + 1, jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, own)
 
     def further() -> tuple[jax.Array, ...]:
@@ -152,7 +153,7 @@ def _backward(one_round: OneRound, saved: tuple, grads_TD: jax.Array) -> tuple:
 
     # With one round, the usual case, the float32 sums of all expert matrices are not even written.
     d_arrays = jax.lax.cond(plan.rounds > 1, further, lambda: tuple(jnp.zeros_like(x) for x in arrays))
-    return grads_TD, None, None, d_arrays
+    return grads, None, None, d_arrays
 
 
 _add_further_rounds.defvjp(_forward, _backward)

@@ -82,21 +82,21 @@ def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.
     one_round = functools.partial(_one_round, topology=topology, recipe=recipe, wire=wire_of(recipe, execution),
                                   quota=quota, tile=tile)
     arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
-    out_TD, plan = in_rounds(one_round, experts_TK, arrays, topology, quota)
-    sent = jax.tree.map(lambda x: x[None], traffic(experts_TK, plan.round_TK, topology))
+    out_TD, delivered, plan = in_rounds(one_round, experts_TK, arrays, topology, quota)
+    sent = jax.tree.map(lambda x: x[None], traffic(experts_TK, plan.round_TK, delivered, topology))
     return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), plan.rounds[None], sent
 
 
 def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Array, gate_up_EDF: jax.Array,
                down_EFD: jax.Array, *, topology: Topology, recipe: PrecisionRecipe, wire: Wire, quota: Quota,
-               tile: int) -> jax.Array:
-    """float32 [T, D]: what the given choices, within the quota, add to each token."""
+               tile: int) -> tuple[jax.Array, jax.Array]:
+    """See `rounds.OneRound`; the given choices are within the quota."""
     plan = make_plan(experts_TK, weights_TK, topology, quota, tile)
     rows_PD = dispatch(hidden_TD, plan, wire)
     groups: dict[str, Any] = {"group_sizes_E": plan.group_sizes_E, "alignment": tile}
     inner_PF = linear(rows_PD, gate_up_EDF, recipe.up, keep="dispatched", **groups)
     outputs_PD = swiglu_linear(inner_PF, down_EFD, recipe.down, scale_M=plan.weights_P, keep="expert_inner", **groups)
-    return combine(outputs_PD, plan, wire)
+    return combine(outputs_PD, plan, wire), jnp.sum(plan.moves.to_experts.slot_RK >= 0, dtype=jnp.float32)
 
 
 def wire_of(recipe: PrecisionRecipe, execution: Execution) -> Wire:

@@ -29,8 +29,9 @@ def step_record(step: int, metrics: StepMetrics, *, learning_rate: float, second
     devices' bf16 peak that causal model FLOPs make up (None without a known peak). load_max_over_mean is the mean over
     MoE layers of the busiest expert's load over the average, dead_experts counts experts that got no token.
     dispatch_rounds above 1 means that routing exceeded `mesh.capacity_factor` somewhere and cost further rounds.
-    nodes_per_token is the mean over tokens and layers; scale_out_bytes and scale_up_bytes are what the plans of all
-    layers send over either network, over all devices, at `bytes_per_row` there and back, forward and backward.
+    dropped_choices are those of tokens for experts that never arrived there: always 0. nodes_per_token is the mean over
+    tokens and layers; scale_out_bytes and scale_up_bytes are what the plans of all layers send over either network,
+    over all devices, at `bytes_per_row` there and back, forward and backward.
     """
     told: StepMetrics = jax.tree.map(np.asarray, jax.device_get(metrics))
     load_LE = told.load_LE
@@ -43,6 +44,7 @@ def step_record(step: int, metrics: StepMetrics, *, learning_rate: float, second
         "tokens_per_second": rate, "mfu": None if peak_flops is None else rate * flops_per_token / peak_flops,
         "load_max_over_mean": float(np.mean(load_LE.max(axis=-1) / load_LE.mean(axis=-1))),
         "dead_experts": int(np.sum(load_LE == 0)), "dispatch_rounds": int(told.dispatch_rounds),
+        "dropped_choices": int(told.traffic.choices - told.traffic.delivered),
         "nodes_per_token": float(told.traffic.nodes / told.traffic.tokens),
         "scale_out_bytes": float(told.traffic.scale_out_rows) * bytes_per_row,
         "scale_up_bytes": float(told.traffic.scale_up_rows) * bytes_per_row,

@@ -213,12 +213,14 @@ def test_traffic_is_what_hops_send(kind, sizes):
         for hop, axis in ((plan.moves.node_hop, "scale_out"), (plan.moves.device_hop, ("scale_up", "context"))):
             sent.append(jnp.zeros(()) if hop is None else
                         jnp.sum(hop.sent_N) - hop.sent_N[jax.lax.axis_index(axis)].astype(jnp.float32))
-        told = traffic(experts, jnp.zeros_like(experts), topology)
+        delivered = jnp.sum(plan.moves.to_experts.slot_RK >= 0, dtype=jnp.float32)
+        told = traffic(experts, jnp.zeros_like(experts), delivered, topology)
         return jax.tree.map(lambda x: x[None], (told, *sent))
     told, node_rows, device_rows = run_on(topology, count, chosen)
     home = np.repeat(np.arange(DEVICES), TOKENS)
     devices = [{e // topology.experts_per_device for e in row if e >= 0} for row in chosen]
     nodes = [{d // topology.scale_up for d in row} for row in devices]
+    assert told.choices.sum() == told.delivered.sum() == (chosen >= 0).sum()
     assert told.tokens.sum() == sum(bool(row) for row in devices)
     assert told.nodes.sum() == sum(map(len, nodes))
     assert told.scale_out_rows.sum() == node_rows.sum() == sum(

@@ -67,7 +67,8 @@ def _one_round(experts, hidden, weights, matrices, *, topology, quota):
     rows = dispatch(hidden, plan)
     expert_P = jnp.searchsorted(jnp.cumsum(plan.group_sizes_E), jnp.arange(rows.shape[0]), side="right")
     outputs = jnp.einsum("pd,pdf->pf", jnp.tanh(rows), jnp.pad(matrices, ((0, 1), (0, 0), (0, 0)))[expert_P])
-    return combine(outputs * plan.weights_P[:, None], plan)
+    delivered = jnp.sum(plan.moves.to_experts.slot_RK >= 0, dtype=jnp.float32)
+    return combine(outputs * plan.weights_P[:, None], plan), delivered
 
 
 def _quota(topology: Topology, factor: float) -> Quota:
@@ -76,14 +77,15 @@ def _quota(topology: Topology, factor: float) -> Quota:
 
 @functools.cache
 def _program(data: int, scale_out: int, scale_up: int, factor: float):
-    """(choices, cotangent, hidden, weights, matrices) -> (out, rounds [devices]), gradients of the last three."""
+    """(choices, cotangent, hidden, weights, matrices) -> (out, [rounds, choices delivered] of each device), and the
+    gradients of the last three."""
     topology = Topology(EXPERTS, scale_out, scale_up)
 
     def run(experts, *arrays):
         quota = _quota(topology, factor)
         one_round = functools.partial(_one_round, topology=topology, quota=quota)
-        out, plan = in_rounds(one_round, experts, arrays, topology, quota)
-        return out, plan.rounds[None]
+        out, delivered, plan = in_rounds(one_round, experts, arrays, topology, quota)
+        return out, jnp.stack([plan.rounds, delivered.astype(jnp.int32)])[None]
     tokens, owners = P(("data", "scale_out", "scale_up")), P(("scale_out", "scale_up"))
     devices = data * scale_out * scale_up
     mesh = make_mesh(MeshConfig(data=data, scale_out=scale_out, scale_up=scale_up), jax.devices()[:devices])
@@ -91,8 +93,8 @@ def _program(data: int, scale_out: int, scale_up: int, factor: float):
                            check_vma=False)
 
     def loss(arrays, experts, cotangent):
-        out, rounds = spread(experts, *arrays)
-        return jnp.sum(out * cotangent), (out, rounds)
+        out, told = spread(experts, *arrays)
+        return jnp.sum(out * cotangent), (out, told)
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
@@ -146,7 +148,7 @@ def test_any_routing_gives_the_plain_result_and_gradients(mesh, factor):
     topology = Topology(EXPERTS, *mesh[1:])
     for kind in KINDS:
         arrays, experts, cotangent = _arguments(kind, devices)
-        grads, (out, rounds) = _program(*mesh, factor)(arrays, experts, cotangent)
+        grads, (out, told) = _program(*mesh, factor)(arrays, experts, cotangent)
         expected, expected_grads = _plain(arrays, experts, cotangent)
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6, err_msg=kind)
         for name, got, want in zip(("hidden", "weights", "matrices"), grads, expected_grads, strict=True):
@@ -154,7 +156,8 @@ def test_any_routing_gives_the_plain_result_and_gradients(mesh, factor):
                                        err_msg=f"{kind}: {name}")
         groups = experts.reshape(data, -1, TOKENS, TOP_K)
         counted = [_by_hand(group, topology, _quota(topology, factor))[1] for group in groups]
-        np.testing.assert_array_equal(rounds, np.repeat(counted, topology.devices), err_msg=kind)
+        assert told[:, 1].sum() == np.sum(experts >= 0)
+        np.testing.assert_array_equal(told[:, 0], np.repeat(counted, topology.devices), err_msg=kind)
         if kind == "one expert" and factor < ANY and topology.devices > 1:
             assert counted[0] > 1
         if kind == "nothing" or factor == ANY:
@@ -165,7 +168,8 @@ def test_replicas_may_need_different_rounds():
     """The expert-parallel groups of two replicas agree on rounds each for itself."""
     arrays, experts, cotangent = _arguments("masked", 8)
     experts[4 * TOKENS:] = np.arange(TOP_K)  # all on the group's first device
-    _, (out, rounds) = _program(2, 2, 2, 1.25)(arrays, experts, cotangent)
+    _, (out, told) = _program(2, 2, 2, 1.25)(arrays, experts, cotangent)
+    rounds = told[:, 0]
     assert len(set(np.asarray(rounds)[:4])) == len(set(np.asarray(rounds)[4:])) == 1
     assert rounds[0] != rounds[4]
     np.testing.assert_allclose(out, _plain(arrays, experts, cotangent)[0], rtol=1e-5, atol=2e-6)
@@ -174,7 +178,7 @@ def test_replicas_may_need_different_rounds():
 def test_repeats_are_bit_identical():
     arguments = _arguments("skewed", 8)
     first, *others = [jax.tree.map(np.asarray, _program(1, 2, 4, 1.0)(*arguments)) for _ in range(5)]
-    assert first[1][1][0] > 1
+    assert first[1][1][0, 0] > 1
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
 
