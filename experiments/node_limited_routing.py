@@ -158,8 +158,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = ["# What the node limit saves and costs", "", f"`{about['command']}`", "",
              f"{about['device']}; jax {about['jax']}, Python {about['python']}, {about['date']}.", "",
-             f"DeepSeek-V3's router with random affinities, {about['tokens']:,} tokens, 8 nodes of 8 devices. A token's "
-             "rows over the slow network, each choice sent alone or one copy to a node; its copies inside nodes; and KB "
+             f"DeepSeek-V3's router with random affinities, {about['tokens']:,} tokens, 8 nodes of 8 devices. Of a "
+             "token: rows over the slow network, each choice alone or one copy to a node; copies inside nodes; and KB "
              "(1000 bytes) of a row's way there in E4M3 and back in bf16.", "",
              "| limit M | nodes | slow, each alone | slow, one a node | fast | slow KB | fast KB | load max/mean |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]

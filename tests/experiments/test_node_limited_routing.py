@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def test_a_limit_bounds_nodes_and_copies_a_node_save_rows():
         assert row["nodes"] <= row["limit"]
         assert row["slow_rows"] == pytest.approx(row["nodes"] * 7 / 8, rel=0.03)
         assert row["slow_copies"] == pytest.approx(8 * 7 / 8, rel=0.03)
-    assert all(a["slow_rows"] < b["slow_rows"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["slow_rows"] < b["slow_rows"] for a, b in itertools.pairwise(rows))
     # 7168 codes and 56 scales there, bf16 back.
     assert rows[3]["slow_bytes"] == rows[3]["slow_rows"] * (7168 + 4 * 56 + 2 * 7168)
     assert node_limited_routing.TOPOLOGY.devices == 64
