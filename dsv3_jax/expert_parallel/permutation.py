@@ -1,4 +1,4 @@
-"""Copies of rows into slots, and the sum of slots back into rows: each is the other's gradient.
+"""Copies of rows into slots, and the sum of slots back into rows: each is the other's transpose.
 
 Every stage of expert exchange is one of these: a token's copies for the nodes it goes to, a row's copies for the
 devices of a node, a row's copies for the experts of a device. Both directions are gathers, so no stage needs a
@@ -7,7 +7,6 @@ scatter of rows, forward or backward.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -77,48 +76,17 @@ def copy_to_slots(rows_RD: jax.Array, plan: Permutation) -> jax.Array:
 
 
 def sum_from_slots(slots_SD: jax.Array, plan: Permutation, dtype: jnp.dtype | None = None) -> jax.Array:
-    """[S, D] -> [R, D]: the float32 sum of each row's copies, rounded once to `dtype` (None: that of the slots)."""
-    return _sum(slots_SD, plan, slots_SD.dtype, slots_SD.dtype if dtype is None else jnp.dtype(dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _sum(slots_SD: jax.Array, plan: Permutation, slots_dtype: jnp.dtype, dtype: jnp.dtype) -> jax.Array:
-    return _float32_sum(slots_SD, None, plan).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def weighted_sum_from_slots(slots_SD: jax.Array, weights_S: jax.Array, plan: Permutation,
-                            dtype: jnp.dtype) -> jax.Array:
-    """[S, D] -> [R, D]: the float32 sum of each row's copies times their float32 weights, rounded once to `dtype`."""
-    return _float32_sum(slots_SD, weights_S, plan).astype(dtype)
-
-
-def _float32_sum(slots_SD: jax.Array, weights_S: jax.Array | None, plan: Permutation) -> jax.Array:
+    """[S, D] -> [R, D]: the float32 sum of each row's copies, in the order of its choices, rounded once to `dtype`
+    (None: that of the slots)."""
     total = jnp.zeros((plan.slot_RK.shape[0], slots_SD.shape[1]), jnp.float32)
     for k in range(plan.slot_RK.shape[1]):
         slot_R = plan.slot_RK[:, k]
-        rows = slots_SD[jnp.maximum(slot_R, 0)].astype(jnp.float32)
-        if weights_S is not None:
-            rows *= weights_S[jnp.maximum(slot_R, 0)][:, None]
-        total += jnp.where(slot_R[:, None] >= 0, rows, 0)
-    return total
-
-
-def _weighted_sum_backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array, Permutation],
-                           grads_RD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    slots_SD, weights_S, plan = saved
-    grads_SD = copy_to_slots(grads_RD.astype(slots_SD.dtype), plan).astype(jnp.float32)
-    return ((grads_SD * weights_S[:, None]).astype(slots_SD.dtype),
-            jnp.sum(grads_SD * slots_SD.astype(jnp.float32), axis=1), None)
+        total += jnp.where(slot_R[:, None] >= 0, slots_SD[jnp.maximum(slot_R, 0)].astype(jnp.float32), 0)
+    return total.astype(slots_SD.dtype if dtype is None else dtype)
 
 
 copy_to_slots.defvjp(lambda rows, plan: (copy_to_slots(rows, plan), plan),
                      lambda plan, grads: (sum_from_slots(grads, plan), None))
-_sum.defvjp(lambda slots, plan, slots_dtype, dtype: (_sum(slots, plan, slots_dtype, dtype), plan),
-            lambda slots_dtype, dtype, plan, grads: (copy_to_slots(grads.astype(slots_dtype), plan), None))
-weighted_sum_from_slots.defvjp(
-    lambda slots, weights, plan, dtype: (weighted_sum_from_slots(slots, weights, plan, dtype), (slots, weights, plan)),
-    _weighted_sum_backward)
 
 
 def choices_to_slots(values_RK: jax.Array, plan: Permutation) -> jax.Array:
