@@ -69,9 +69,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None,
       domain_of: the fast domain of a device.
 
     Raises:
-      ConfigError: too few devices, devices left over, or scale_up*context that straddles fast domains.
+      ConfigError: too few devices, devices left over, scale_up*context that straddles fast domains, or a transport that
+        these devices do not have.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if config.transport == "ragged" and devices[0].platform == "cpu":
+        raise ConfigError("mesh.transport (ragged) is not to be had on CPU, whose XLA has no ragged all-to-all: use padded")
     shape = mesh_shape(config, len(devices))
     needed = math.prod(shape)
     product = f"mesh {'*'.join(AXES)} ({'*'.join(map(str, shape))}={needed})"

@@ -81,6 +81,11 @@ def test_unequal_hosts_are_refused():
         _arrange([Device(0, 0), Device(1, 0), Device(2, 1)], (1, 3, 1, 1, 1))
 
 
+def test_a_transport_that_a_cpu_has_not_is_refused():
+    with pytest.raises(ConfigError, match=re.escape("mesh.transport (ragged)")):
+        make_mesh(MeshConfig(transport="ragged"))
+
+
 def test_mesh_takes_the_devices_left_for_data(eight_devices):
     assert dict(make_mesh(MeshConfig(scale_up=2)).shape) == {
         "pipe": 1, "data": 4, "scale_out": 1, "scale_up": 2, "context": 1}
