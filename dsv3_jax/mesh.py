@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None,
     """
     devices = jax.devices() if devices is None else list(devices)
     if config.transport == "ragged" and devices[0].platform == "cpu":
-        raise ConfigError("mesh.transport (ragged) is not to be had on CPU, whose XLA has no ragged all-to-all: use padded")
+        raise ConfigError("mesh.transport (ragged) needs what XLA for CPU has not, a ragged all-to-all: use padded")
     shape = mesh_shape(config, len(devices))
     needed = math.prod(shape)
     product = f"mesh {'*'.join(AXES)} ({'*'.join(map(str, shape))}={needed})"
