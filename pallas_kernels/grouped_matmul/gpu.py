@@ -32,7 +32,7 @@ def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array
     """rows of group e times weights[e], or its transpose, in rows' dtype; zero past the last group."""
     rows, terms = rows_PD.shape
     columns = weights_EDF.shape[1 if transpose_rhs else 2]
-    tile = _tile(alignment, columns)
+    tile = tile_for(alignment, columns)
     used, group_of_tile = tiles_of_groups(group_sizes_E, rows, tile.rows)
     b_block = (tile.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tile.columns)
     column_tiles = columns // tile.columns
@@ -64,7 +64,7 @@ def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.
                     dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """x^T dy of each group, [E, D, F], summed in float32 and rounded once to `dtype`; zero for an empty group."""
     groups, width, inner = group_sizes_E.shape[0], rows_PD.shape[1], grads_PF.shape[1]
-    tile = _tile(128, inner)
+    tile = tile_for(128, inner)
     down, across = width // tile.rows, inner // tile.columns
     ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
 
@@ -93,7 +93,8 @@ def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Arr
             weight_gradient(rows_PD, grads_PF, group_sizes_E, dtype=weights_EDF.dtype))
 
 
-def _tile(alignment: int, columns: int) -> Tile:
+def tile_for(alignment: int, columns: int) -> Tile:
+    """The largest that alignment and columns allow."""
     return TILES[128 if alignment % 128 == 0 else 64, 256 if columns % 256 == 0 else 128]
 
 
