@@ -52,11 +52,13 @@ def compile_kernel(hardware: str, function: Callable[..., Any],
     with _ptxas_report() as report, jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*placed).compile()
     seconds = time.perf_counter() - start
-    calls = re.findall(r'custom_call_target="(mosaic_gpu|tpu_custom_call|ragged)', compiled.as_text())
+    calls = re.findall(r'custom_call_target="(mosaic_gpu|tpu_custom_call|ragged)', compiled.as_text() or "")
     spills = registers = None
     if device.platform == "gpu":
         spills, registers = _read_report(report(), len(calls))
-    return CompiledKernel(len(calls), spills, registers, compiled.memory_analysis().temp_size_in_bytes, seconds)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return CompiledKernel(len(calls), spills, registers, memory.temp_size_in_bytes, seconds)
 
 
 def _read_report(text: str, kernels: int) -> tuple[int, int]:

@@ -208,7 +208,8 @@ def cast(name: OperationName, rows: int, width: int) -> Case:
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
         return (_uneven(key, rows, taken).astype(jnp.bfloat16),)
     oracle = functools.partial(run, backend="reference")
-    return Case(name, f"M={rows} K={width}", rows, draw, run, oracle, rivals={"xla_plain": (Rival(lambda *x: x, oracle),)})
+    return Case(name, f"M={rows} K={width}", rows, draw, run, oracle,
+                rivals={"xla_plain": (Rival(lambda x: (x,), oracle),)})
 
 
 def _as_float32(operation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

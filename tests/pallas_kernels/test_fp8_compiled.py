@@ -113,13 +113,11 @@ def compile_for_h100(which: str) -> None:
     for name, shapes in TILES.items():
         for shape in shapes:
             compile_one(name, shape)
-    candidates = tuning.CANDIDATES
-    for name, shapes in candidates.items():
+    for name, shapes in tuning.CANDIDATES.items():
         for tile in shapes:
-            tuning.CANDIDATES = {name: (tile,)}
-            jax.clear_caches()  # or the kernel is the one traced with another tile
-            for dtype in (jnp.bfloat16, jnp.float32):
-                compile_one(name, (512, 768, 768), dtype=dtype)
+            with tuning.only(name, tile):
+                for dtype in (jnp.bfloat16, jnp.float32):
+                    compile_one(name, (512, 768, 768), dtype=dtype)
 
 
 if __name__ == "__main__":
