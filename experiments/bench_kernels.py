@@ -44,8 +44,8 @@ from pallas_kernels import hopper, tuning
 from pallas_kernels.benchmark.cases import OPERATIONS, Case, OperationName, published_cases, small_cases
 from pallas_kernels.benchmark.checking import check, check_oracle
 from pallas_kernels.benchmark.interpretation import interpreted
-from pallas_kernels.benchmark.rivals import of_product
-from pallas_kernels.benchmark.timing import Peaks, Timer, measured_peaks
+from pallas_kernels.benchmark.rivals import Rival, of_product
+from pallas_kernels.benchmark.timing import Peaks, Timer, Timing, fastest, first_line, measured_peaks
 from pallas_kernels.benchmark.torch_rival import Torch, find_torch, time_product
 from pallas_kernels.targets import Backend, nvidia_is_hopper
 
@@ -152,8 +152,7 @@ def measure(case: Case, backend: Backend, timer: Timer, peaks: Peaks, baselines:
             "tile": _tile(case) if backend == "hopper" else None, "baselines": {}}
     if baselines:
         for name, ways in case.rivals.items():
-            row["baselines"][name] = _fastest([
-                functools.partial(_time_rival, timer, rival.prepare, rival.run, operands) for rival in ways])
+            row["baselines"][name] = _fastest(timer, ways, operands)
         if torch.module is not None and case.torch_shape is not None:
             taken = time_product(torch.module, *case.torch_shape, timer.calls, timer.repeats)
             row["baselines"][f"torch_{taken.scales}" if taken.timing else "torch"] = {
@@ -164,27 +163,22 @@ def measure(case: Case, backend: Backend, timer: Timer, peaks: Peaks, baselines:
     return row
 
 
-def _time_rival(timer: Timer, prepare: Callable[..., Any], run: Callable[..., Any], operands: Sequence[Any]) -> float:
-    return timer(run, *jax.jit(prepare)(*operands)).seconds
-
-
-def _fastest(ways: Sequence[Callable[[], float]]) -> dict[str, Any]:
-    """Of those that XLA can do."""
-    seconds, problem = [], ""
-    for way in ways:
-        try:
-            seconds.append(way())
-        except jax.errors.JaxRuntimeError as error:
-            problem = str(error).splitlines()[0]
-    return {"microseconds": 1e6 * min(seconds) if seconds else None, "problem": "" if seconds else problem}
+def _fastest(timer: Timer, ways: Sequence[Rival], operands: Sequence[jax.Array]) -> dict[str, Any]:
+    def timed(rival: Rival) -> Timing:
+        return timer(rival.run, *jax.jit(rival.prepare)(*operands))
+    try:
+        return {"microseconds": 1e6 * fastest([functools.partial(timed, rival) for rival in ways]).seconds,
+                "problem": ""}
+    except RuntimeError as error:
+        return {"microseconds": None, "problem": str(error)}
 
 
 def checked(case: Case, operands: tuple[jax.Array, ...], backend: Backend, real: bool) -> dict[str, Any]:
     """Whether it is right, and how far off; a kernel that does not run is wrong, and says why."""
     try:
         found = check(case, operands, backend, real)
-    except jax.errors.JaxRuntimeError as error:
-        return {"correct": False, "error": None, "limit": None, "problem": str(error).splitlines()[0]}
+    except Exception as error:  # the others are measured all the same
+        return {"correct": False, "error": None, "limit": None, "problem": first_line(error)}
     if math.isnan(found.error):
         return {"correct": False, "error": None, "limit": found.limit, "problem": "the result has NaN"}
     return {"correct": found.correct, "error": found.error, "limit": found.limit, "problem": ""}
@@ -258,8 +252,8 @@ def compile_cases(how_many: str, cases: Sequence[Case]) -> tuple[list[dict[str, 
                 missing[target] = str(error)
                 say(f"not compiled for {target}: {error}")
                 break
-            except jax.errors.JaxRuntimeError as error:
-                row["problem"] = str(error).splitlines()[0]
+            except Exception as error:  # the others are compiled all the same
+                row["problem"] = first_line(error)
             else:
                 row |= made._asdict()
                 if not made.kernels:
@@ -392,7 +386,7 @@ def _prediction_report(result: dict[str, Any]) -> list[str]:
               f"bytes at {result['copy_share']:.0%} of the bandwidth, whichever is longer.",
               "Furthest from their floor, so first to be tuned: " + ", ".join(
                   f"{row['operation']} {row['shape']} ({row['expected_share_of_floor']:.0%})" for row in far) + "."
-              if far else "", ""]
+              if far else "No rule says more of casts than their bytes.", ""]
     return lines + table(("operation", "shape", "GFLOP", "MB", "H100 floor, µs", "bound by", "expected, µs", "TFLOP/s",
                           "tile", "bytes spilled", "v5p floor", "v6e floor", "TPU7x floor", "compiled for"),
                          [_prediction_cells(row, result["compilations"]) for row in result["rows"]])
