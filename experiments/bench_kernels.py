@@ -260,6 +260,8 @@ def compile_cases(how_many: str, cases: Sequence[Case]) -> tuple[list[dict[str, 
                     row["problem"] = "no kernel in the program"
                 elif made.spilled_bytes:
                     row["problem"] = f"{made.spilled_bytes} bytes of registers spilled"
+                elif made.waits_for_each_wgmma:
+                    row["problem"] = "ptxas runs wgmma one at a time"
             rows.append(row)
             say(f"compiled {case.operation} {case.shape} for {target}: {row['problem'] or _made(row)}")
     return rows, missing

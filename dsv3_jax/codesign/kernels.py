@@ -32,6 +32,8 @@ class CompiledKernel(NamedTuple):
     """Stores and loads of registers that the kernels had too few of; None on TPU, whose compiler does not tell."""
     registers: int | None
     """Of a thread where it has most, before warpgroups share them out; None on TPU."""
+    waits_for_each_wgmma: bool | None
+    """Whether ptxas put a wait after every tensor core instruction (its note C7510); None on TPU."""
     temporary_bytes: int
     seconds: float
 
@@ -53,12 +55,13 @@ def compile_kernel(hardware: str, function: Callable[..., Any],
         compiled = jax.jit(function).lower(*placed).compile()
     seconds = time.perf_counter() - start
     calls = re.findall(r'custom_call_target="(mosaic_gpu|tpu_custom_call|ragged)', compiled.as_text() or "")
-    spills = registers = None
+    spills = registers = waits = None
     if device.platform == "gpu":
         spills, registers = _read_report(report(), len(calls))
+        waits = "C7510" in report()
     memory = compiled.memory_analysis()
     assert memory is not None
-    return CompiledKernel(len(calls), spills, registers, memory.temp_size_in_bytes, seconds)
+    return CompiledKernel(len(calls), spills, registers, waits, memory.temp_size_in_bytes, seconds)
 
 
 def _read_report(text: str, kernels: int) -> tuple[int, int]:
