@@ -128,7 +128,7 @@ def small_cases(operations: Sequence[OperationName] = OPERATIONS) -> list[Case]:
              "grouped_fp8_matmul": grouped_product((128, 128), (0, 128), 192, 256),
              "grouped_fp8_wgrad": grouped_gradient((128, 128), (0, 128), 64, 128),
              "grouped_matmul": grouped_bf16_product((128, 128), (0, 128), 128, 128)}
-    return [cases[name] if name in cases else cast(name, 48, 256) for name in operations]
+    return [cases[name] if name in cases else cast(name, 160, 256) for name in operations]
 
 
 def product(m: int, n: int, k: int) -> Case:

@@ -77,6 +77,12 @@ def test_every_published_shape_is_there_with_its_rivals():
                 assert sizes[0] == sizes[1], case
 
 
+@pytest.mark.parametrize("backend", ["hopper", "tpu"])
+def test_every_small_shape_has_a_kernel(backend):
+    for case in small_cases():
+        jax.eval_shape(functools.partial(case.run, backend=backend), *case.operands)  # raises where there is none
+
+
 def test_a_wrong_kernel_is_told_and_the_status_is_not_zero(monkeypatch, capsys):
     def wrong(x, tile, power_of_two):
         values, scales = right(x, tile, power_of_two)
@@ -87,7 +93,7 @@ def test_a_wrong_kernel_is_told_and_the_status_is_not_zero(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--operations", "quantise", "--compile", "none"])
     with pytest.raises(SystemExit, match="1"):
         bench_kernels.main()
-    assert "- quantise M=48 K=256: WRONG: 1.0e-02 > 0" in capsys.readouterr().out
+    assert "- quantise M=160 K=256: WRONG: 3.1e-03 > 0" in capsys.readouterr().out
 
 
 def test_what_is_not_compiled_is_told(monkeypatch):
@@ -138,7 +144,7 @@ def test_a_kernel_that_fails_is_one_wrong_line():
     row = bench_kernels.measure(dataclasses.replace(case, run=fails), "hopper", None, None, True, Torch(None, ""))
     assert (row["correct"], row["problem"]) == (False, "NotImplementedError: no such layout")
     assert bench_kernels.failures({"accelerator": True, "rows": [row]}) == [
-        "quantise M=48 K=256: WRONG: NotImplementedError: no such layout"]
+        "quantise M=160 K=256: WRONG: NotImplementedError: no such layout"]
 
 
 def test_tuning_keeps_the_fastest_right_tile(monkeypatch, tmp_path):
