@@ -22,6 +22,9 @@ class ConfigError(ValueError):
 
 
 Transport = Literal["padded", "ragged"]
+Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
+"""The last three are what paper 2 warns of: one scale for a whole tensor; gradients in the blocks of weights, with
+which a 16B model diverged (appendix B.2); sums that never leave Hopper's tensor cores, simulated, so for studies."""
 Recompute = Literal["none", "paper", "experts", "full"]
 Attention = Literal["mla", "gqa", "mqa"]
 
@@ -442,10 +445,10 @@ class RunConfig:
     report: ReportConfig = ReportConfig()
     distributed: DistributedConfig = DistributedConfig()
     steps: int = 100
-    precision: Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks"] = "bf16"
+    precision: Precision = "bf16"
     """Type of activations and compute weights; with fp8 the products of linear layers read float8 (paper 2, section
-    3.3), in DeepSeek-V3's tiles or, to see why those, with one scale a tensor or gradients in 128x128 blocks. Router,
-    norms, softmax and losses are float32 in all."""
+    3.3), in DeepSeek-V3's tiles or, to see why those: with one scale a tensor, gradients in 128x128 blocks, or sums that
+    stay in Hopper's tensor cores (simulated). Router, norms, softmax and losses are float32 in all."""
     recompute: Recompute = "paper"
     """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3); those
     and the routed experts with their dispatch; or each whole layer."""

@@ -26,7 +26,7 @@ import tyro
 from flax import nnx
 
 from dsv3_jax.codesign.counting import count_parameters
-from dsv3_jax.config import ConfigError, Execution, MeshConfig, ModelConfig, named
+from dsv3_jax.config import ConfigError, Execution, MeshConfig, ModelConfig, Precision, named
 from dsv3_jax.inference.cache import LatentCache, bytes_per_token
 from dsv3_jax.inference.forward import decode, prefill
 from dsv3_jax.inference.generate import Generator
@@ -34,7 +34,7 @@ from dsv3_jax.inference.sampling import TARGET, Sampling, draw, probabilities, s
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.cached_attention import absorbed_attention
 from dsv3_jax.nn.model import split_model
-from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT, Precision
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
 from experiments.command_line import finish, provenance, standard_output_for_json

@@ -13,7 +13,7 @@ import jax
 import tyro
 from flax import nnx
 
-from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, check_expert_layout
+from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, Precision, check_expert_layout
 from dsv3_jax.inference.cache import CacheFormat
 from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.sampling import Sampling
@@ -23,7 +23,7 @@ from dsv3_jax.interop.published_config import read_json
 from dsv3_jax.interop.run_checkpoint import RunCheckpoint
 from dsv3_jax.interop.tokenizer import Tokenizer
 from dsv3_jax.mesh import make_mesh, mesh_shape
-from dsv3_jax.precision.recipe import COMPUTE_DTYPE, Precision, holds_float8
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, holds_float8
 from dsv3_jax.training import runtime
 
 

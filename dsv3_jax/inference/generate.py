@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, Execution, ModelConfig
+from dsv3_jax.config import ConfigError, Execution, ModelConfig, Precision
 from dsv3_jax.inference.cache import CacheFormat, LatentCache
 from dsv3_jax.inference.forward import decode, prefill, prefill_ahead, unstacked
 from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
@@ -23,7 +23,7 @@ from dsv3_jax.inference.speculative import Window, speculative_step, window_of, 
 from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure, split_model
-from dsv3_jax.precision.recipe import COMPUTE_FORMAT, Precision, compute_weights, inference_weights
+from dsv3_jax.precision.recipe import COMPUTE_FORMAT, compute_weights, inference_weights
 
 SMALLEST_SIZE = 32
 """Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""

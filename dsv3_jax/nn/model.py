@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.config import Execution, ModelConfig, Precision
 from dsv3_jax.mesh import constrain_batch, context_size, gather_for_compute
 from dsv3_jax.nn.block import Block, gathered, recomputed, run_stack, stack_of
 from dsv3_jax.nn.linear import Embedding, OutputHead
@@ -17,7 +17,7 @@ from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import RouterBias
-from dsv3_jax.precision.recipe import RECIPES, Precision, PrecisionRecipe
+from dsv3_jax.precision.recipe import RECIPES, PrecisionRecipe
 
 
 class ModelOutput(NamedTuple):

@@ -15,11 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv3_jax.config import Precision
 from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, Tile
-
-Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
-"""The last three are what paper 2 warns of: one scale for a whole tensor; gradients in the blocks of weights, with
-which a 16B model diverged (appendix B.2); sums that never leave Hopper's tensor cores, simulated, so for studies."""
 
 
 @dataclasses.dataclass(frozen=True)

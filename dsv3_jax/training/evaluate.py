@@ -17,7 +17,6 @@ from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
-from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import weights_for_compute
 from dsv3_jax.training.tokens import TokenSplit
 
@@ -37,13 +36,13 @@ class Evaluator:
             return jnp.sum(negative_log_likelihood(gathered(model.lm_head), hidden, tokens[:, 1:]) * weights)
         self._total_nll = jax.jit(total_nll)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
+    def __call__(self, params: nnx.State, router_bias: nnx.State) -> dict[str, float]:
         """validation_loss (nats a token) and, if the text is known, validation_bits_per_byte."""
         total = 0.0
         with jax.set_mesh(self._mesh):
             for start in range(0, len(self._inputs), self._rows):
                 batch = [self._place(x, start) for x in (self._inputs, self._weights)]
-                total += float(self._total_nll(state.params, state.router_bias, *batch))
+                total += float(self._total_nll(params, router_bias, *batch))
         result = {"validation_loss": total / float(self._weights.sum())}
         if self._split.text_bytes:
             result["validation_bits_per_byte"] = total / math.log(2) / self._split.text_bytes

@@ -226,7 +226,7 @@ class Trainer:
     def _evaluate(self, state: TrainState, position: Position, log: RunLog) -> None:
         if self.evaluator is None:
             return
-        self._evaluation, self._evaluated = self.evaluator(state), position.step
+        self._evaluation, self._evaluated = self.evaluator(state.params, state.router_bias), position.step
         log.write({"step": position.step, **self._evaluation})
         self.say(f"evaluation step {position.step} " + " ".join(f"{k} {v:.4f}" for k, v in self._evaluation.items()))
 

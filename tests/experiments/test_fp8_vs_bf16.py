@@ -44,9 +44,12 @@ def test_trains_what_is_missing_and_reports(tmp_path):
         done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("training" in done.stderr and "step 3/3" in done.stderr) == trains
-        told.append(json.loads(done.stdout)["rows"])
+        made = json.loads(done.stdout)
+        told.append(made["rows"])
     assert told[0] == told[1]
     assert [(row["precision"], row["seed"]) for row in told[0]] == [("fp8", 0)]
     assert 0 < told[0][0]["largest_error"] < 0.01
+    [row] = made["same_weights"]
+    assert 0 < abs(row["difference"]) < 1e-3
     assert "| fp8 | 0 |" in (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
