@@ -447,8 +447,8 @@ class RunConfig:
     steps: int = 100
     precision: Precision = "bf16"
     """Type of activations and compute weights; with fp8 the products of linear layers read float8 (paper 2, section
-    3.3), in DeepSeek-V3's tiles or, to see why those: with one scale a tensor, gradients in 128x128 blocks, or sums that
-    stay in Hopper's tensor cores (simulated). Router, norms, softmax and losses are float32 in all."""
+    3.3), in DeepSeek-V3's tiles or, to see why those: with one scale a tensor, gradients in 128x128 blocks, or sums
+    that stay in Hopper's tensor cores (simulated). Router, norms, softmax and losses are float32 in all."""
     recompute: Recompute = "paper"
     """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3); those
     and the routed experts with their dispatch; or each whole layer."""

@@ -109,7 +109,7 @@ RUNS: dict[str, RunConfig] = {
     "quickstart": RunConfig(
         model=_QUICKSTART,
         batch=BatchConfig(sequences=8, sequence_length=128),
-        schedule=ScheduleConfig(peak_learning_rate=1e-2, floor_learning_rate=5e-4, final_learning_rate=2e-4,
+        schedule=ScheduleConfig(peak_learning_rate=5e-3, floor_learning_rate=2.5e-4, final_learning_rate=1e-4,
                                 warmup_steps=30, constant_until=0.4, cosine_until=0.97, floor_until=0.99,
                                 bias_speed=0.01),
         data=DataConfig(tokenizer="bpe", training_from_year=1930),
