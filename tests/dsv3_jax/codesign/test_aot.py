@@ -115,6 +115,7 @@ def _options(config: Any, default: Any, prefix: str = "--") -> list[str]:
     return options
 
 
+@pytest.mark.slow
 def test_sixteen_gpus_on_two_hosts_as_the_script_tells_it():
     """Its one JSON object is the whole report, and the table goes to standard error."""
     done = subprocess.run([sys.executable, "experiments/compile_for_pod.py", "--preset", "tiny", "--pod", "h100:2x8",

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dsv3_jax.config import BatchConfig, Execution, MeshConfig
@@ -49,6 +50,7 @@ def test_near_bf16():
     assert not np.array_equal(fp8, bf16)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_more_than_rounding():
     """Experts' rows come in another order, so that other rows share the scales of gradients."""
     mesh = MeshConfig(data=2, scale_out=1, scale_up=2, context=2, zero="full")
