@@ -33,7 +33,7 @@ class Ladder(NamedTuple):
     """What encoding needs to know of a tile, one for each tile."""
 
     smallest: jax.Array
-    """int32, float32's bits, which are ordered as positive numbers are; magnitudes are moved to between this ..."""
+    """int32, float32's bits: magnitudes are moved to between this ..."""
     largest: jax.Array
     """... and this, which in a tile of zeros or with NaN are both 1."""
     zero: jax.Array
@@ -100,7 +100,7 @@ def ladder_of(ends: Ends, bits: int) -> Ladder:
     smallest, largest = (jnp.where(ends.smallest > 0, end, 1.0) for end in ends)
     step = step_of(ends, bits)
     # In a tile with NaN no magnitude is zero, so that all of it decodes to NaN.
-    zero = jnp.where(ends.largest >= 0, jnp.maximum(_bits(smallest * 0.5), _bits(jnp.float32(SMALLEST))), 0)
+    zero = jnp.where(ends.largest >= 0, jnp.maximum(_bits(smallest * 0.5), bits_of(SMALLEST)), 0)
     return Ladder(_bits(smallest), _bits(largest), zero, jnp.log(largest),
                   jnp.where(step > 0, (1 / math.log(2)) / step, 0.0), step, largest * (0.5 + 0.5 * jnp.exp2(-step)))
 
@@ -131,6 +131,11 @@ def values_of(codes: jax.Array, ends: Ends, bits: int, step: jax.Array | None = 
     # Rounding shall not take code 1 below the smallest normal number, where machines differ.
     magnitude = jnp.where(code == 0, 0.0, jnp.maximum(ends.largest * power, ends.smallest))
     return jnp.where(codes > top, -magnitude, magnitude)
+
+
+def bits_of(number: float) -> int:
+    """float32's bits, which are ordered as positive numbers are."""
+    return int(np.float32(number).view(np.int32))
 
 
 def _bits(x: jax.Array) -> jax.Array:
