@@ -19,20 +19,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.logfmt.reference import (
-    SMALLEST,
     TILE,
     Ends,
     Plane,
-    bits_of,
     codes_of,
     ends_of,
     ladder_of,
+    largest_and_smallest,
     planes,
     step_of,
     values_of,
@@ -132,16 +130,10 @@ def _encode(sources: list[Ref], results: list[Ref], bits: int) -> None:
 
 
 def _find_ends(source: Ref) -> Ends:
-    """Of each row; by float32's bits, of which a maximum keeps inf and NaN."""
-    largest, smallest = None, None
-    for piece in range(TILE // PIECE):
-        x = _load(source, piece).astype(jnp.float32)
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-        high = jnp.max(bits, axis=1)
-        low = jnp.min(jnp.where(bits >= bits_of(SMALLEST), bits, bits_of(np.inf)), axis=1)
-        largest = high if largest is None else jnp.maximum(largest, high)
-        smallest = low if smallest is None else jnp.minimum(smallest, low)
-    return ends_of(*(jax.lax.bitcast_convert_type(x, jnp.float32) for x in (largest, smallest)))
+    """Of each row."""
+    found = [largest_and_smallest(_load(source, piece).astype(jnp.float32)) for piece in range(TILE // PIECE)]
+    largest, smallest = zip(*found, strict=True)
+    return ends_of(functools.reduce(jnp.maximum, largest), functools.reduce(jnp.minimum, smallest))
 
 
 def _decode(sources: list[Ref], results: list[Ref], bits: int) -> None:

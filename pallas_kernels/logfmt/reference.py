@@ -30,30 +30,27 @@ class Ends(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """What encoding needs to know of a tile, one for each tile."""
+    """What encoding needs to know of a tile; float32, one for each tile."""
 
     smallest: jax.Array
-    """int32, float32's bits: magnitudes are moved to between this ..."""
+    """Magnitudes are moved to between this ..."""
     largest: jax.Array
     """... and this, which in a tile of zeros or with NaN are both 1."""
     zero: jax.Array
-    """int32, likewise: magnitudes below are zero."""
+    """Magnitudes below are zero."""
     log_largest: jax.Array
-    """float32."""
     codes_per_log: jax.Array
-    """float32: steps in a difference of natural logarithms; 0 where all magnitudes are equal."""
+    """Steps in a difference of natural logarithms; 0 where all magnitudes are equal."""
     step: jax.Array
-    """float32, octaves from one code to the next."""
+    """Octaves from one code to the next."""
     middle: jax.Array
-    """float32: the mean of the last two codes' values. Other neighbours' mean is the same multiple of theirs."""
+    """The mean of the last two codes' values. Other neighbours' mean is the same multiple of theirs."""
 
 
 def encode(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """See `api.encode`."""
     tiles = _in_tiles(x.astype(jnp.float32))
-    magnitude = jnp.abs(tiles)
-    ends = ends_of(jnp.max(jnp.where(magnitude >= 0, magnitude, jnp.inf), axis=-1, keepdims=True),
-                   jnp.min(jnp.where(magnitude >= SMALLEST, magnitude, jnp.inf), axis=-1, keepdims=True))
+    ends = ends_of(*(jnp.expand_dims(end, -1) for end in largest_and_smallest(tiles)))
     codes = codes_of(tiles, ladder_of(ends, bits), bits)
     return pack(codes, bits), jnp.concatenate([end[..., 0] for end in ends], axis=-1).astype(x.dtype)
 
@@ -77,11 +74,19 @@ def top_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def largest_and_smallest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 magnitudes over the last dimension, as `ends_of` takes them; by their bits, which no machine loses."""
+    bits = _bits(x) & 0x7FFFFFFF
+    largest = jnp.max(bits, axis=-1)
+    smallest = jnp.min(jnp.where(bits >= bits_of(SMALLEST), bits, bits_of(np.inf)), axis=-1)
+    return tuple(jax.lax.bitcast_convert_type(end, jnp.float32) for end in (largest, smallest))  # type: ignore
+
+
 def ends_of(largest: jax.Array, smallest: jax.Array) -> Ends:
     """The ends of a tile's ladder.
 
     Args:
-      largest: the largest magnitude, infinite if the tile has inf or NaN.
+      largest: the largest magnitude, inf or NaN if the tile has such.
       smallest: the smallest that is not zero; infinite if there is none.
     """
     smallest = jnp.minimum(jnp.maximum(smallest, largest * (1 / RANGE)), largest)
@@ -100,9 +105,9 @@ def ladder_of(ends: Ends, bits: int) -> Ladder:
     smallest, largest = (jnp.where(ends.smallest > 0, end, 1.0) for end in ends)
     step = step_of(ends, bits)
     # In a tile with NaN no magnitude is zero, so that all of it decodes to NaN.
-    zero = jnp.where(ends.largest >= 0, jnp.maximum(_bits(smallest * 0.5), bits_of(SMALLEST)), 0)
-    return Ladder(_bits(smallest), _bits(largest), zero, jnp.log(largest),
-                  jnp.where(step > 0, (1 / math.log(2)) / step, 0.0), step, largest * (0.5 + 0.5 * jnp.exp2(-step)))
+    zero = jnp.where(ends.largest >= 0, jnp.maximum(smallest * 0.5, SMALLEST), 0.0)
+    return Ladder(smallest, largest, zero, jnp.log(largest), jnp.where(step > 0, (1 / math.log(2)) / step, 0.0), step,
+                  largest * (0.5 + 0.5 * jnp.exp2(-step)))
 
 
 def codes_of(x: jax.Array, tile: Ladder, bits: int) -> jax.Array:
@@ -113,13 +118,13 @@ def codes_of(x: jax.Array, tile: Ladder, bits: int) -> jax.Array:
     be wrong by half a step: then the mean still decides between the right two, or magnitude and value are equal.
     """
     raw = _bits(x)
-    magnitude_bits = raw & 0x7FFFFFFF
-    magnitude = jax.lax.bitcast_convert_type(
-        jnp.minimum(jnp.maximum(magnitude_bits, tile.smallest), tile.largest), jnp.float32)
+    magnitude_bits = raw & 0x7FFFFFFF  # they are ordered as magnitudes are, then inf, then NaN, and machines agree
+    within = jnp.minimum(jnp.maximum(magnitude_bits, _bits(tile.smallest)), _bits(tile.largest))
+    magnitude = jax.lax.bitcast_convert_type(within, jnp.float32)
     down = ((tile.log_largest - jnp.log(magnitude)) * tile.codes_per_log).astype(jnp.int32)
     mean = tile.middle * jnp.exp2(-tile.step * down.astype(jnp.float32))
     down = jnp.where(magnitude < mean, down + 1, down)
-    code = jnp.where(magnitude_bits < tile.zero, 0, jnp.maximum(top_code(bits) - down, 1))
+    code = jnp.where(magnitude_bits < _bits(tile.zero), 0, jnp.maximum(top_code(bits) - down, 1))
     return code | jnp.where(raw < 0, 1 << (bits - 1), 0)
 
 
