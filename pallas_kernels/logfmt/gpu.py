@@ -50,9 +50,11 @@ Ref = Any
 
 def misfit(rows: int, width: int, bits: int, dtype: jnp.dtype) -> str:
     """What the kernels need and x [..., rows, width] is not; empty if it is served."""
-    del bits, dtype
+    del dtype
     # TMA cuts memory into 8 rows by 32 bytes or more, and copies ends by 16 bytes.
-    return "" if rows * width and rows % 8 == width % 32 == 0 else "rows divisible by 8 and columns by 32"
+    if not rows * width or rows % 8 or width % 32:
+        return "rows divisible by 8 and columns by 32"
+    return "an even number of tiles for an odd number of bits" if pl.cdiv(width, TILE) * bits % 2 else ""
 
 
 def encode(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
@@ -185,10 +187,11 @@ def _planes_of(array: int, tiles: int, bits: int) -> list[_Part]:
 
 
 def _plane_slots(slots: int, size: int, common: int) -> Any:
-    """Swizzled in pieces of 32 bytes or more that divide where the plane begins and where codes end; else plain."""
-    piece = math.gcd(size, common)
-    if piece < 32:
+    """Swizzled in pieces that divide where the plane begins and where codes end. No swizzle is as narrow as 1-bit
+    planes."""
+    if size == PIECE:
         return plgpu.SMEM((slots, TILE, size), jnp.uint8)
+    piece = math.gcd(size, common)
     # mypy takes a method of jax's base class for an abstract one.
     tiling = plgpu.TilingTransform((8, piece))  # type: ignore[abstract]
     swizzle = plgpu.SwizzleTransform(piece)  # type: ignore[abstract]
