@@ -17,6 +17,7 @@ import numpy as np
 TILE = 128
 RANGE = 2.0 ** 32
 """The largest magnitude of a tile over the smallest that has a code: about the range of five exponent bits."""
+ROUNDER = 1.5 * 2.0 ** 23
 SMALLEST = 2.0 ** -126
 """The smallest normal float32. What is below counts as zero, since some machines take it for zero."""
 
@@ -121,11 +122,14 @@ def codes_of(x: jax.Array, tile: Ladder, bits: int) -> jax.Array:
     magnitude_bits = raw & 0x7FFFFFFF  # they are ordered as magnitudes are, then inf, then NaN, and machines agree
     within = jnp.minimum(jnp.maximum(magnitude_bits, _bits(tile.smallest)), _bits(tile.largest))
     magnitude = jax.lax.bitcast_convert_type(within, jnp.float32)
-    down = ((tile.log_largest - jnp.log(magnitude)) * tile.codes_per_log).astype(jnp.int32)
-    mean = tile.middle * jnp.exp2(-tile.step * down.astype(jnp.float32))
+    # Beside ROUNDER a float32 has no fraction: the sum rounds, and half less rounds down. A conversion to integers
+    # would first bring what does not fit into range, which takes longer than all else here.
+    rounded = (tile.log_largest - jnp.log(magnitude)) * tile.codes_per_log - 0.5 + ROUNDER
+    down = _bits(rounded) - bits_of(ROUNDER)
+    mean = tile.middle * jnp.exp2((ROUNDER - rounded) * tile.step)
     down = jnp.where(magnitude < mean, down + 1, down)
     code = jnp.where(magnitude_bits < _bits(tile.zero), 0, jnp.maximum(top_code(bits) - down, 1))
-    return code | jnp.where(raw < 0, 1 << (bits - 1), 0)
+    return code | raw >> 32 - bits & 1 << bits - 1
 
 
 def values_of(codes: jax.Array, ends: Ends, bits: int, step: jax.Array | None = None) -> jax.Array:
@@ -135,7 +139,8 @@ def values_of(codes: jax.Array, ends: Ends, bits: int, step: jax.Array | None = 
     power = jnp.exp2(-step * (top - code).astype(jnp.float32))
     # Rounding shall not take code 1 below the smallest normal number, where machines differ.
     magnitude = jnp.where(code == 0, 0.0, jnp.maximum(ends.largest * power, ends.smallest))
-    return jnp.where(codes > top, -magnitude, magnitude)
+    sign = codes << 32 - bits & bits_of(-0.0)
+    return jax.lax.bitcast_convert_type(_bits(magnitude) | sign, jnp.float32)
 
 
 def bits_of(number: float) -> int:
