@@ -60,7 +60,7 @@ def decode(codes: jax.Array, ends: jax.Array, bits: int, width: int, dtype: jax.
     """See `api.decode`."""
     smallest, largest = jnp.split(ends.astype(jnp.float32)[..., None], 2, axis=-2)
     values = values_of(unpack(codes, bits), Ends(smallest, largest), bits)
-    return values.reshape(*values.shape[:-2], -1)[..., :width].astype(dtype)
+    return values.reshape(*codes.shape[:-1], values.shape[-2] * TILE)[..., :width].astype(dtype)
 
 
 def _in_tiles(x: jax.Array) -> jax.Array:
@@ -190,11 +190,12 @@ def planes(bits: int) -> list[Plane]:
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """int32 codes [..., tiles, 128] -> uint8 [..., tiles * 16 n], see `api`."""
+    *lead, tiles, _ = codes.shape
     packed = []
     for plane in planes(bits):
-        parts = plane.part(codes).reshape(*codes.shape[:-1], plane.parts, plane.tile_bytes)
+        parts = plane.part(codes).reshape(*lead, tiles, plane.parts, plane.tile_bytes)
         shifts = plane.bits * np.arange(plane.parts, dtype=np.int32)[:, None]
-        packed.append(jnp.sum(parts << shifts, axis=-2).reshape(*codes.shape[:-2], -1))
+        packed.append(jnp.sum(parts << shifts, axis=-2).reshape(*lead, tiles * plane.tile_bytes))
     return jnp.concatenate(packed, axis=-1).astype(jnp.uint8)
 
 
