@@ -14,8 +14,8 @@ max - log(2^32), and Step = (max - min) / (2^(n-1) - 2):
 Decoded values are those of the formula within a factor of 1 +- 2^-16: float32 logarithms and powers of 32 octaves lose
 as much, differently on each machine, and bfloat16 keeps less. Codes are the nearest for values that are off by so much.
 
-Packing: each row has planes, of the codes' low 8 bits and then of as many more as there are in groups of 8, 4, 2 and 1
-bits, largest first. A plane of p bits has 16 p bytes for a tile, and byte j of them holds code j in its low p bits, then
+Packing: a row has planes, of the codes' low 8 bits, and then of as many more as there are in groups of 8, 4, 2 and 1
+bits, largest first. A plane of p bits has 16 p bytes for a tile, and its byte j holds code j in its low p bits, then
 code j + 16 p, and so on: parts of a tile are shifted over each other whole, and bytes stay where codes were. A tile has
 16 n bytes of codes and 2 numbers of x's dtype: for bfloat16 164 bytes with n = 10, where bfloat16 itself has 256.
 

@@ -26,7 +26,6 @@ from pallas_kernels import hopper
 from pallas_kernels.logfmt.reference import (
     TILE,
     Ends,
-    Plane,
     codes_of,
     ends_of,
     ladder_of,
@@ -104,7 +103,7 @@ def _store(target: Ref, pieces: list[jax.Array]) -> None:
         target[:, pl.ds(start, columns)] = jnp.concatenate(part, axis=1)
 
 
-def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return plgpu.layout_cast(x, _vectors(dtype)).astype(dtype)
 
 
@@ -165,8 +164,8 @@ class _Part(NamedTuple):
     """(row, column) of the square -> index."""
 
 
-def _block(i: Any, size: int = TILE) -> Any:
-    return pl.ds(i * size, size)
+def _block(i: Any) -> Any:
+    return pl.ds(i * TILE, TILE)
 
 
 def _square_of(array: int, width: int, dtype: jnp.dtype) -> _Part:
@@ -182,8 +181,12 @@ def _planes_of(array: int, tiles: int, bits: int) -> list[_Part]:
         size, first = plane.tile_bytes, plane.place(tiles * TILE)
         parts.append(_Part(
             array, TILE * size, functools.partial(_plane_slots, size=size, common=math.gcd(total, first)),
-            lambda row, column, size=size, first=first: (_block(row), pl.ds(first + column * size, size))))
+            functools.partial(_plane_at, size=size, first=first)))
     return parts
+
+
+def _plane_at(row: Any, column: Any, size: int, first: int) -> tuple:
+    return _block(row), pl.ds(first + column * size, size)
 
 
 def _plane_slots(slots: int, size: int, common: int) -> Any:

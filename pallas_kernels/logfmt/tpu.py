@@ -167,7 +167,7 @@ def _write_group(packed: Ref, rows: Any, first: Any, codes: list[jax.Array], bit
 
 def _join(parts: list[jax.Array], plane: Plane) -> jax.Array:
     """Numbers of `plane.bits` bits, [rows, 128] of each tile -> bytes [rows, 128], the first tile's first."""
-    block = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1) // plane.tile_bytes
+    block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1), jnp.int32(plane.tile_bytes))
     joined = parts[0]
     for i, part in enumerate(parts):
         lanes = TILE // 2

@@ -53,7 +53,7 @@ def test_compiles_for_h100():
     TMA may not.
     """
     results, log = run_compilations(__file__)
-    assert len(results) == 10
+    assert len(results) == 8
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(results)
     for result in results:
         assert result["kernels"] == 1, result
@@ -63,8 +63,7 @@ def test_compiles_for_h100():
 def compile_for_h100() -> None:
     """Prints what the compiler made of encoding and decoding."""
     for rows, width, bits, dtype in ((4096, 7168, 10, jnp.bfloat16), (4096, 2048, 16, jnp.float32),
-                                     (8, 192, 13, jnp.bfloat16), (160, 2112, 12, jnp.bfloat16),
-                                     (96, 256, 15, jnp.float32)):
+                                     (8, 192, 13, jnp.bfloat16), (160, 2112, 12, jnp.bfloat16)):
         tiles = -(-width // 128)
         x, codes, ends = (shaped(nvidia(), rows, columns, dtype=kind) for columns, kind in (
             (width, dtype), (tiles * 16 * bits, jnp.uint8), (2 * tiles, dtype)))

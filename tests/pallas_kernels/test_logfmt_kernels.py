@@ -1,7 +1,5 @@
-"""The LogFMT kernels equal the reference to the bit, interpreted here, looking for races: they take the same steps, and
-interpreted the same logarithms. The Hopper ones run on such a GPU for real, with `pytest --noconftest -o addopts=
--k hopper` on this file, where the card's own logarithms may take the neighbouring code: that they are as near is what
-the search over all values then tells.
+"""The LogFMT kernels beside the search over all values, and beside the reference: interpreted here, looking for races;
+the Hopper ones on such a GPU for real, with `pytest --noconftest -o addopts= -k hopper` on this file.
 
 Interpreted memory that was never written is NaN.
 """
@@ -33,42 +31,49 @@ def matrix(shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
     return jnp.asarray(x, dtype)
 
 
-def assert_kernels_equal(module, x: jax.Array, bits: int, real: bool = False, **how) -> None:
+def assert_kernels_right(module, x: jax.Array, bits: int, **how) -> None:
+    """The reference takes the same steps. Its logarithms and powers may differ in the last place, and did with one of
+    two versions of XLA: then a number between two values has the other code, of which the search tells that it is as
+    near. With 2^-18 of an error in steps of 2^-10 and more that is one in a hundred at most."""
     assert not module.misfit(len(x), x.shape[1], bits, x.dtype)
     codes, ends = module.encode(x, bits, **how)
     back = module.decode(codes, ends, bits, x.shape[1], x.dtype, **how)
     oracle.assert_encoded(np.asarray(x), np.asarray(codes), np.asarray(ends), bits)
     oracle.assert_decoded(np.asarray(x), np.asarray(back), np.asarray(codes), bits)
-    if not real:
-        want = jax.jit(reference.encode, static_argnums=1)(x, bits)
-        again = jax.jit(reference.decode, static_argnums=(2, 3, 4))(codes, ends, bits, x.shape[1], x.dtype)
-        for got, expected in zip((codes, ends, back), (*want, again), strict=True):
-            assert got.dtype == expected.dtype
-            np.testing.assert_array_equal(np.asarray(got).astype(np.float32), np.asarray(expected).astype(np.float32))
+    want_codes, want_ends = jax.jit(reference.encode, static_argnums=1)(x, bits)
+    assert ends.dtype == want_ends.dtype
+    np.testing.assert_array_equal(*(np.asarray(a).astype(np.float32) for a in (ends, want_ends)))
+    assert codes.dtype == want_codes.dtype
+    assert np.mean(np.asarray(codes) != np.asarray(want_codes)) < 0.01
+    again = jax.jit(reference.decode, static_argnums=(2, 3, 4))(codes, ends, bits, x.shape[1], x.dtype)
+    assert back.dtype == again.dtype
+    np.testing.assert_allclose(*(np.asarray(a).astype(np.float32) for a in (back, again)),
+                               rtol=2.0 ** -7 if x.dtype == jnp.bfloat16 else oracle.EPSILON)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "bits"), [
     ((37, 256), jnp.bfloat16, 12), ((5, 1024), jnp.float32, 15)], ids=["chunks of rows", "all planes"])
 def test_tpu(shape, dtype, bits):
-    assert_kernels_equal(tpu, matrix(shape, dtype), bits, interpret=INTERPRETED)
+    assert_kernels_right(tpu, matrix(shape, dtype), bits, interpret=INTERPRETED)
 
 
 @pytest.fixture
-def real(monkeypatch):
-    """Whether there is such a card. With one multiprocessor each of two blocks walks over several squares."""
+def on_hopper(monkeypatch):
+    """Such a card, or its interpreter. With one multiprocessor each of two blocks walks over several squares."""
     monkeypatch.setattr(hopper, "MULTIPROCESSORS", 1)
     if getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
-        yield True
+        yield
         return
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield False
+        yield
 
 
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(("shape", "dtype", "bits"), [
     ((136, 416), jnp.bfloat16, 10), ((8, 160), jnp.float32, 15)], ids=["squares in turn", "all planes"])
-def test_hopper(real, shape, dtype, bits):
+def test_hopper(shape, dtype, bits):
     """Rows and columns end within a square."""
-    assert_kernels_equal(gpu, matrix(shape, dtype), bits, real)
+    assert_kernels_right(gpu, matrix(shape, dtype), bits)
 
 
 @pytest.mark.parametrize(("run", "backend"), [
