@@ -7,7 +7,9 @@
   tails (Student's t, 3 degrees of freedom) and, with --run, the outputs of a trained model's routed experts on text
   held out, computed in float32.
 - Bias: the sum of the errors of magnitudes over the sum of magnitudes, with its standard error over tiles, when numbers
-  are rounded as numbers, as the format says, and when their logarithms are.
+  are rounded as numbers, as the format says, and when their logarithms are. With values a factor r apart and a density
+  that is smooth and falls to zero on both sides, it is -(log r)^2 / 12 and +(log r)^2 / 24 for small log r: only where
+  the density is flat between two values does rounding as numbers, the format's, have none.
 - Cost: the time of encoding and decoding the bf16 outputs of a paper-size layer on the device at hand, beside the time
   that the bytes saved would take on a link. The floor is what reads and writes alone take.
 
@@ -47,8 +49,8 @@ from pallas_kernels.quantise.reference import spread, tile_scales
 
 TILE = ROW[1]
 E5M2_MAX = 57344.0
-LINKS = {"InfiniBand, 50 GB/s": 50e9, "NVLink of an H800, 160 GB/s": 160e9, "the same, 200 GB/s": 200e9}
-"""Bytes/s one way: 400 Gbit/s; what is reached of NVLink, and its nominal rate (paper 1, section 4.1)."""
+LINKS = {"InfiniBand, 50 GB/s": 50e9, "NVLink, 160 GB/s": 160e9, "NVLink, 200 GB/s": 200e9}
+"""Bytes/s one way: 400 Gbit/s; what is reached of an H800's NVLink, and nominal (paper 1, section 4.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,31 +93,58 @@ class Format(NamedTuple):
 def formats(bits: tuple[int, ...]) -> list[Format]:
     """LogFMT of these bits first."""
     logs = [Format(f"LogFMT-{n}", n + 32 / TILE, functools.partial(rounded_to_logfmt, bits=n)) for n in bits]
-    return [*logs, Format("E4M3", 8 + 32 / TILE, lambda x: Quantised.of(x, ROW).dequantise()),
-            Format("E5M2", 8 + 32 / TILE, rounded_to_e5m2),
-            Format("E5M6", 12 + 32 / TILE, lambda x: QuantisedE5M6.of(x).dequantise()),
-            Format("BF16", 16, lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))]
+    return [*logs, Format("E4M3", 8 + 32 / TILE, rounded_to_e4m3), Format("E5M2", 8 + 32 / TILE, rounded_to_e5m2),
+            Format("E5M6", 12 + 32 / TILE, rounded_to_e5m6), Format("BF16", 16, rounded_to_bf16)]
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def rounded_to_logfmt(x: jax.Array, bits: int) -> jax.Array:
     """Encoded and decoded."""
     return LogFMT.of(x, bits).dequantise()
 
 
+@jax.jit
+def rounded_to_e4m3(x: jax.Array) -> jax.Array:
+    """The largest magnitude of a tile of 1x128 becomes E4M3's largest."""
+    return Quantised.of(x, ROW).dequantise()
+
+
+@jax.jit
 def rounded_to_e5m2(x: jax.Array) -> jax.Array:
-    """The largest magnitude of a tile of 1x128 becomes E5M2's largest."""
+    """Likewise, in E5M2."""
     scales, inverses = tile_scales(x, ROW, False, E5M2_MAX)
     return (x * spread(inverses, ROW, x.shape)).astype(jnp.float8_e5m2).astype(jnp.float32) * spread(
         scales, ROW, x.shape)
 
 
+@jax.jit
+def rounded_to_e5m6(x: jax.Array) -> jax.Array:
+    """The scale of a tile is a power of two."""
+    return QuantisedE5M6.of(x).dequantise()
+
+
+@jax.jit
+def rounded_to_bf16(x: jax.Array) -> jax.Array:
+    """No tiles, no scales."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
 def rounded_in_logarithms(x: jax.Array, bits: int) -> jax.Array:
     """LogFMT but for the rounding: to the code whose logarithm is nearest. Below the range it is the same."""
     held = LogFMT.of(x, bits)
     smallest, largest = (spread(end, ROW, x.shape) for end in jnp.split(held.ends, 2, axis=-1))
     step = step_of(Ends(smallest, largest), bits)
-    down = jnp.round(jnp.log2(largest / jnp.maximum(jnp.abs(x), smallest)) / step)
-    return jnp.where(jnp.abs(x) >= smallest, jnp.sign(x) * largest * jnp.exp2(-step * down), held.dequantise())
+    steps_down = jnp.log2(largest / jnp.maximum(jnp.abs(x), smallest)) / jnp.where(step > 0, step, 1)
+    values = jnp.sign(x) * largest * jnp.exp2(-step * jnp.round(steps_down))
+    return jnp.where((jnp.abs(x) >= smallest) & (smallest > 0), values, held.dequantise())
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def mean_square_step(x: jax.Array, bits: int) -> jax.Array:
+    """(log r)^2 of LogFMT's steps, the mean over x weighted by its magnitudes."""
+    steps = step_of(Ends(*jnp.split(LogFMT.of(x, bits).ends, 2, axis=-1)), bits) * np.log(2)
+    return jnp.sum(spread(steps ** 2, ROW, x.shape) * jnp.abs(x)) / jnp.sum(jnp.abs(x))
 
 
 class Data(NamedTuple):
@@ -154,16 +183,16 @@ def expert_outputs(folder: Path, step: int | None, tiles: int) -> Iterator[Data]
 
     @jax.jit
     def run(params: nnx.State, router_bias: nnx.State, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return routed_outputs(nnx.merge(structure, gather_for_compute(params), router_bias), tokens_BT)
+        return routed_outputs(nnx.merge(structure, gather_for_compute(params), router_bias), tokens_BT)[:2]
     with jax.set_mesh(loaded.mesh):
         outputs = run(loaded.params, loaded.router_bias, np.asarray(tokens[:rows * length], np.int32).reshape(rows, -1))
     for name, values in zip(("an expert's output", "sum over a token's experts"), outputs, strict=True):
         yield Data(name, np.asarray(values).reshape(-1, width))
 
 
-def routed_outputs(model: DeepSeekV3, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 [L, B, T, D] of the MoE layers: of each token's first expert, without its weight, and what its experts
-    add to it together."""
+def routed_outputs(model: DeepSeekV3, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the MoE layers, [L, B, T, D]: what each token's first expert gives, without its weight, and what its experts
+    add to it together; and [B, T, D] after the last layer, before the final norm."""
     positions_T, execution = jnp.arange(tokens_BT.shape[1]), Execution()
     hidden_BTD = gathered(model.embed_tokens)(tokens_BT)
     if model.config.first_k_dense_replace:
@@ -178,7 +207,8 @@ def routed_outputs(model: DeepSeekV3, tokens_BT: jax.Array) -> tuple[jax.Array, 
         first = Routing(routing.experts_K[..., :1], jnp.ones_like(routing.weights_K[..., :1]), routing.scores_E)
         one, together = (block.mlp.experts(normed, each, execution)[0] for each in (first, routing))
         return block.feed_forward(hidden_BTD, execution)[0], (one, together)
-    return jax.lax.scan(layer, hidden_BTD, layers)[1]
+    hidden_BTD, (one, together) = jax.lax.scan(layer, hidden_BTD, layers)
+    return one, together, hidden_BTD
 
 
 class Error(NamedTuple):
@@ -209,9 +239,14 @@ def errors(data: Data, bits: tuple[int, ...]) -> list[dict[str, Any]]:
     tries = [(*each, "numbers") for each in formats(bits)]
     tries += [(f"LogFMT-{n}", n + 32 / TILE, functools.partial(rounded_in_logarithms, bits=n), "logarithms")
               for n in bits]
-    return [{"data": data.name, "numbers": data.values_MK.size, "format": name, "bits": size, "rounding": rounding,
-             **error_of(np.asarray(jax.jit(rounded)(data.values_MK)), data.values_MK)._asdict()}
-            for name, size, rounded, rounding in tries]
+    found: list[dict[str, Any]] = [
+        {"data": data.name, "count": data.values_MK.size, "format": name, "bits": size, "rounded_as": rounding,
+         **error_of(np.asarray(rounded(data.values_MK)), data.values_MK)._asdict()}
+        for name, size, rounded, rounding in tries]
+    squares = {f"LogFMT-{n}": float(mean_square_step(jnp.asarray(data.values_MK), n)) for n in bits}
+    factor = {"numbers": -1 / 12, "logarithms": 1 / 24}
+    return [{**row, "expected_bias": factor[row["rounded_as"]] * squares[row["format"]]
+             if row["format"] in squares else None} for row in found]
 
 
 def seconds_each(step: Callable[[jax.Array], jax.Array], x: jax.Array, repeat: int) -> float:
@@ -252,28 +287,45 @@ def costs(arguments: Arguments) -> list[dict[str, Any]]:
 def as_markdown(result: dict[str, Any]) -> str:
     """Tables a person reads."""
     about = result["about"]
-    lines = ["# LogFMT: error, bias and cost", "", f"`{about['command']}`", "",
-             f"{about['device']}; jax {about['jax']}, Python {about['python']}, {about['date']}.", "",
-             "Rounded as numbers or, as the format does not, as logarithms. Bias is that of magnitudes, with its "
-             "standard error.", "",
-             "| data | format | bits a number | rounded as | RMS error | bias | +- | became zero |",
-             "|---|---|---:|---|---:|---:|---:|---:|"]
-    lines += [f"| {row['data']} | {row['format']} | {row['bits']:g} | {row['rounding']} | {row['rms']:.3e} | "
-              f"{row['bias']:+.2e} | {row['bias_noise']:.1e} | {row['to_zero']:.2%} |" for row in result["errors"]]
-    if result["costs"]:
-        first = result["costs"][0]
-        lines += ["", f"Encoding and decoding [{first['rows']}, {first['width']}] in bf16; in brackets, as a multiple "
-                  "of the time that the bytes saved take on the link. Floor: bytes over memory bandwidth. Copies here: "
-                  f"{first['copy_rate'] / 1e9:,.0f} GB/s.", "",
-                  "| bits | bytes saved | both | floor here | floor on an H800 | "
-                  + " | ".join(f"saved on {name}" for name in LINKS) + " |", "|---:|---:|---:|---:|---:|"
-                  + "---:|" * len(LINKS)]
-    for row in result["costs"]:
-        floor = "" if row["floor_here"] is None else f"{row['floor_here'] * 1e6:,.0f} us"
-        links = [f"{saved * 1e6:,.0f} us ({row['seconds'] / saved:.2f}x)" for saved in row["transfer_saved"].values()]
-        lines.append(f"| {row['bits']} | {row['bytes_saved']:,} | {row['seconds'] * 1e6:,.0f} us | {floor} | "
-                     f"{row['floor_h800'] * 1e6:,.0f} us | " + " | ".join(links) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([
+        "# LogFMT: error, bias and cost", "", f"`{about['command']}`", "",
+        f"{about['device']}; jax {about['jax']}, Python {about['python']}, {about['date']}.", "",
+        "Bias is that of magnitudes, with its standard error; expected: for small steps and a smooth density.", "",
+        *_table_of_errors(result["errors"]), *_table_of_costs(result["costs"])]) + "\n"
+
+
+def _table_of_errors(rows: list[dict[str, Any]]) -> list[str]:
+    others = {(row["data"], row["format"]): row for row in rows if row["rounded_as"] == "logarithms"}
+    lines = ["| data | format | bits a number | RMS error | bias | expected | bias, rounded as logarithms | expected |",
+             "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        if row["rounded_as"] != "numbers":
+            continue
+        cells = [row["data"], row["format"], f"{row['bits']:g}", f"{row['rms']:.2e}"]
+        for each in (row, others.get((row["data"], row["format"]))):
+            cells += ["", ""] if each is None else [
+                f"{each['bias']:+.1e} +- {each['bias_noise']:.0e}",
+                "" if each["expected_bias"] is None else f"{each['expected_bias']:+.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _table_of_costs(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    shape, copies = f"[{rows[0]['rows']}, {rows[0]['width']}]", f"{rows[0]['copy_rate'] / 1e9:,.0f} GB/s"
+    lines = ["", f"Encoding and decoding {shape} in bf16; in brackets, as a multiple of the time that the bytes saved "
+             f"take on the link. Floor: bytes over memory bandwidth. Copies here: {copies}.", "",
+             "| bits | bytes saved | both | floor here | floor on an H800 | "
+             + " | ".join(f"saved on {name}" for name in LINKS) + " |",
+             "|---:|---:|---:|---:|---:|" + "---:|" * len(LINKS)]
+    for row in rows:
+        floor = "" if row["floor_here"] is None else f"{row['floor_here'] * 1e6:,.1f} us"
+        links = [f"{saved * 1e6:,.1f} us ({row['seconds'] / saved:,.2f}x)"
+                 for saved in row["transfer_saved"].values()]
+        lines.append(f"| {row['bits']} | {row['bytes_saved']:,} | {row['seconds'] * 1e6:,.1f} us | {floor} | "
+                     f"{row['floor_h800'] * 1e6:,.1f} us | " + " | ".join(links) + " |")
+    return lines
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
@@ -288,13 +340,13 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     markers = {"E4M3": "o", "E5M2": "s", "E5M6": "D", "BF16": "^"}
     for index, name in enumerate(dict.fromkeys(row["data"] for row in rows)):
         mine = [row for row in rows if row["data"] == name]
-        logs = [row for row in mine if row["format"].startswith("LogFMT") and row["rounding"] == "numbers"]
+        logs = [row for row in mine if row["format"].startswith("LogFMT") and row["rounded_as"] == "numbers"]
         left.plot([row["bits"] for row in logs], [row["rms"] for row in logs], ".-", color=f"C{index}", label=name)
         for row in mine:
             if row["format"] in markers:
                 left.plot(row["bits"], row["rms"], markers[row["format"]], color=f"C{index}", alpha=0.8)
         for rounding, style in (("numbers", "o"), ("logarithms", "x")):
-            some = [row for row in mine if row["format"].startswith("LogFMT") and row["rounding"] == rounding]
+            some = [row for row in mine if row["format"].startswith("LogFMT") and row["rounded_as"] == rounding]
             right.errorbar([row["bits"] + 0.1 * index for row in some], [row["bias"] for row in some],
                            [2 * row["bias_noise"] for row in some], fmt=style, color=f"C{index}", alpha=0.8)
     for name, marker in markers.items():
