@@ -236,14 +236,15 @@ def error_of(rounded: np.ndarray, x_MK: np.ndarray) -> Error:
 
 def errors(data: Data, bits: tuple[int, ...]) -> list[dict[str, Any]]:
     """Every format's, and of LogFMT with the other rounding."""
+    x = jnp.asarray(data.values_MK)
     tries = [(*each, "numbers") for each in formats(bits)]
     tries += [(f"LogFMT-{n}", n + 32 / TILE, functools.partial(rounded_in_logarithms, bits=n), "logarithms")
               for n in bits]
     found: list[dict[str, Any]] = [
         {"data": data.name, "count": data.values_MK.size, "format": name, "bits": size, "rounded_as": rounding,
-         **error_of(np.asarray(rounded(data.values_MK)), data.values_MK)._asdict()}
+         **error_of(np.asarray(rounded(x)), data.values_MK)._asdict()}
         for name, size, rounded, rounding in tries]
-    squares = {f"LogFMT-{n}": float(mean_square_step(jnp.asarray(data.values_MK), n)) for n in bits}
+    squares = {f"LogFMT-{n}": float(mean_square_step(x, n)) for n in bits}
     factor = {"numbers": -1 / 12, "logarithms": 1 / 24}
     return [{**row, "expected_bias": factor[row["rounded_as"]] * squares[row["format"]]
              if row["format"] in squares else None} for row in found]

@@ -260,9 +260,8 @@ def _call(name: str, compute: Callable[[list[Ref], list[Ref]], None], arrays: Se
                 fetch(step + in_slots)
         plgpu.wait_smem_to_gmem(0)
     body.__name__ = name
-    run = plgpu.kernel(
+    return plgpu.kernel(
         body, out_type=list(results), grid=(blocks,), grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[*(part.slots(in_slots) for part in inputs), *(part.slots(out_slots) for part in outputs),
-                       plgpu.Barrier(num_arrivals=len(inputs), num_barriers=in_slots)])
-    return run(*arrays)
+                       plgpu.Barrier(num_arrivals=len(inputs), num_barriers=in_slots)])(*arrays)

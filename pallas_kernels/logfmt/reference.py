@@ -39,7 +39,11 @@ class Ladder(NamedTuple):
     """... and this, which in a tile of zeros or with NaN are both 1."""
     zero: jax.Array
     """Magnitudes below are zero."""
+    scale: jax.Array
+    """A power of two that brings the largest to [2, 4): logarithms of 32 octaves below are small, and so their
+    errors."""
     log_largest: jax.Array
+    """Of the scaled."""
     codes_per_log: jax.Array
     """Steps in a difference of natural logarithms; 0 where all magnitudes are equal."""
     step: jax.Array
@@ -107,16 +111,19 @@ def ladder_of(ends: Ends, bits: int) -> Ladder:
     step = step_of(ends, bits)
     # In a tile with NaN no magnitude is zero, so that all of it decodes to NaN.
     zero = jnp.where(ends.largest >= 0, jnp.maximum(smallest * 0.5, SMALLEST), 0.0)
-    return Ladder(smallest, largest, zero, jnp.log(largest), jnp.where(step > 0, (1 / math.log(2)) / step, 0.0), step,
-                  largest * (0.5 + 0.5 * jnp.exp2(-step)))
+    opposite = bits_of(2.0 ** 127) + bits_of(SMALLEST) - (_bits(largest) & bits_of(np.inf))  # of the exponent
+    scale = jax.lax.bitcast_convert_type(opposite, jnp.float32)
+    return Ladder(smallest, largest, zero, scale, jnp.log(largest * scale),
+                  jnp.where(step > 0, (1 / math.log(2)) / step, 0.0), step, largest * (0.5 + 0.5 * jnp.exp2(-step)))
 
 
 def codes_of(x: jax.Array, tile: Ladder, bits: int) -> jax.Array:
     """int32 codes in [0, 2^n): the sign, and which of the tile's values is nearest to float32 x.
 
     The logarithm finds the next value at or above the magnitude; then the mean of that value and the one below decides,
-    so rounding is that of the numbers, not of their logarithms. A tie goes to the larger magnitude. The logarithm may
-    be wrong by half a step: then the mean still decides between the right two, or magnitude and value are equal.
+    so rounding is that of the numbers, not of their logarithms. A tie goes to the larger magnitude. The mean decides
+    between the right two even if the logarithm is off by half a step; where steps are smaller than that error, so is
+    what a neighbour makes of the number.
     """
     raw = _bits(x)
     magnitude_bits = raw & 0x7FFFFFFF  # they are ordered as magnitudes are, then inf, then NaN, and machines agree
@@ -124,7 +131,7 @@ def codes_of(x: jax.Array, tile: Ladder, bits: int) -> jax.Array:
     magnitude = jax.lax.bitcast_convert_type(within, jnp.float32)
     # Beside ROUNDER a float32 has no fraction: the sum rounds, and half less rounds down. A conversion to integers
     # would first bring what does not fit into range, which takes longer than all else here.
-    rounded = (tile.log_largest - jnp.log(magnitude)) * tile.codes_per_log - 0.5 + ROUNDER
+    rounded = (tile.log_largest - jnp.log(magnitude * tile.scale)) * tile.codes_per_log - 0.5 + ROUNDER
     down = _bits(rounded) - bits_of(ROUNDER)
     mean = tile.middle * jnp.exp2((ROUNDER - rounded) * tile.step)
     down = jnp.where(magnitude < mean, down + 1, down)
