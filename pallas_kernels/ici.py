@@ -5,8 +5,8 @@ Arrays are [rows, ceil(D / 128), 128] here: then a row lies in memory in one pie
 after where it can: at most one more read and write of HBM, which is an order of magnitude faster than ICI.
 
 Who may write when, for every kernel here:
-- A rank writes into a peer's result, which exists only once the peer has entered the same kernel. So each rank tells all
-  others that it has entered (on the barrier semaphore) and hears as much of all before it sends anything.
+- A rank writes into a peer's result, which exists only once the peer has entered the same kernel. So each rank tells
+  all others that it has entered (on the barrier semaphore) and hears as much of all before it sends anything.
 - A rank that has nothing to wait for could run ahead into the next call and be counted twice there by one that still
   waits here. So each tells all once more, on a second semaphore, after it has sent, and hears that of all before it
   leaves: no rank is ever a whole call ahead, and the two semaphores cannot be mistaken for each other.
@@ -17,9 +17,8 @@ Who may write when, for every kernel here:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,24 +106,9 @@ def wait_copies(ranks: int, arrays: Sequence[Ref], counts: Ref, semaphores: Ref)
             wait_for(semaphores.at[peer], array, counts[i * ranks + peer], array.shape[0] // ranks)
 
 
-def _start(axis: Axes, number: int, *refs: Ref) -> None:
-    counts, arrays, results = refs[0], refs[1:1 + number], refs[1 + number:1 + 2 * number]
-    sent, arrived, left = refs[1 + 2 * number:]
-    tell_all(pltpu.get_barrier_semaphore(), axis)
-    start_copies(axis, arrays, results, counts, sent, arrived)
-    tell_all(left, axis)
-
-
-def _wait(ranks: int, number: int, *refs: Ref) -> None:
-    (going, coming), arrays = refs[:2], refs[2:2 + number]
-    sent, arrived = refs[2 + 2 * number:4 + 2 * number]
-    wait_copies(ranks, arrays, going, sent)
-    wait_copies(ranks, arrays, coming, arrived)
-
-
 def exchange(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, axis: Axes, *,
              interpret: Any = False) -> list[jax.Array]:
-    """Swaps chunks with all ranks, of each no more than is used; what is not stays as it was: anything.
+    """Swaps chunks with all ranks, of each no more than is used; what is not used is left as it was: anything.
 
     Floor: ICI carries the bytes that `going` counts, less this rank's own; HBM is read and written once for each.
     Bound by ICI: HBM of a v5p moves 2765 GB/s, its six links 600 GB/s.
@@ -136,17 +120,85 @@ def exchange(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, a
     """
     ranks, number = ranks_of(axis), len(arrays)
 
-    def body(*refs: Ref) -> None:
-        going, coming, *rest = refs
-        sent, arrived = rest[2 * number:2 * number + 2]
-        _start(axis, number, going, *rest)
-        _wait(ranks, number, going, coming, *rest[:2 * number], sent, arrived)
+    def body(going: Ref, coming: Ref, *refs: Ref) -> None:
+        arrays, results, (sent, arrived, told) = refs[:number], refs[number:2 * number], refs[2 * number:]
+        _start(axis, arrays, results, going, sent, arrived, told)
+        _wait(ranks, arrays, results, going, coming, sent, arrived)
     return pl.pallas_call(
         body, name="ici_exchange", in_specs=[SMEM, SMEM] + [ANY] * number, out_specs=[ANY] * number,
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays], interpret=interpret,
         scratch_shapes=[*[pltpu.SemaphoreType.DMA((ranks,))] * 2, pltpu.SemaphoreType.REGULAR],
-        compiler_params=pltpu.CompilerParams(collective_id=collective_id(axis), has_side_effects=True))(
-            going, coming, *arrays)
+        compiler_params=_communicates(axis))(going, coming, *arrays)
+
+
+class InFlight(NamedTuple):
+    """An exchange that was started. Its arrays must not be used before `wait`."""
+
+    arrays: tuple[jax.Array, ...]
+    """What is being read."""
+    results: tuple[jax.Array, ...]
+    """What is being written."""
+    sent: jax.Array
+    arrived: jax.Array
+    """Semaphores, of this rank's copies and of those of the others."""
+    started: jax.Array
+    """Exists once the copies are on their way."""
+    going: jax.Array
+    coming: jax.Array
+
+    def before(self, x: Any) -> Any:
+        """x, which none of its users can use before the copies are on their way. The compiler would else be free to
+        start them after the compute that they shall run beside."""
+        return jax.lax.optimization_barrier((x, self.started))[0]
+
+
+def start(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, axis: Axes) -> InFlight:
+    """The first half of `exchange`: returns as soon as all ranks have started their copies. The semaphores outlive the
+    kernel; interpretation knows no such thing, hence it runs `exchange`, made of the same two functions."""
+    ranks, number = ranks_of(axis), len(arrays)
+
+    def body(going: Ref, *refs: Ref) -> None:
+        arrays, results, (sent, arrived, started, told) = refs[:number], refs[number:2 * number], refs[2 * number:]
+        _start(axis, arrays, results, going, sent, arrived, told)
+        started[0] = 0
+    out = pl.pallas_call(
+        body, name="ici_start", in_specs=[SMEM] + [ANY] * number, out_specs=[ANY] * number + [SEMAPHORE] * 2 + [SMEM],
+        out_shape=[*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays),
+                   *[pltpu.SemaphoreType.DMA((ranks,))] * 2, jax.ShapeDtypeStruct((1,), jnp.int32)],
+        scratch_shapes=[pltpu.SemaphoreType.REGULAR], compiler_params=_communicates(axis))(going, *arrays)
+    return InFlight(tuple(arrays), tuple(out[:number]), *out[number:], going, coming)
+
+
+def wait(in_flight: InFlight, after: Any = None) -> list[jax.Array]:
+    """The second half of `exchange`; it begins when `after` has been computed."""
+    number, ranks = len(in_flight.arrays), in_flight.sent.shape[0]
+    going, _ = jax.lax.optimization_barrier((in_flight.going, after))
+
+    def body(going: Ref, coming: Ref, sent: Ref, arrived: Ref, *refs: Ref) -> None:
+        _wait(ranks, refs[:number], refs[number:2 * number], going, coming, sent, arrived)
+    return pl.pallas_call(
+        body, name="ici_wait", in_specs=[SMEM] * 2 + [SEMAPHORE] * 2 + [ANY] * (2 * number), out_specs=[ANY] * number,
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in in_flight.results],
+        input_output_aliases={4 + number + i: i for i in range(number)},
+        compiler_params=pltpu.CompilerParams(has_side_effects=True))(
+            going, in_flight.coming, in_flight.sent, in_flight.arrived, *in_flight.arrays, *in_flight.results)
+
+
+def _start(axis: Axes, arrays: Sequence[Ref], results: Sequence[Ref], going: Ref, sent: Ref, arrived: Ref,
+           told: Ref) -> None:
+    tell_all(pltpu.get_barrier_semaphore(), axis)
+    start_copies(axis, arrays, results, going, sent, arrived)
+    tell_all(told, axis)
+
+
+def _wait(ranks: int, arrays: Sequence[Ref], results: Sequence[Ref], going: Ref, coming: Ref, sent: Ref,
+          arrived: Ref) -> None:
+    wait_copies(ranks, arrays, going, sent)
+    wait_copies(ranks, results, coming, arrived)
+
+
+def _communicates(axis: Axes) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(collective_id=collective_id(axis), has_side_effects=True)
 
 
 def smem_misfit(*integers: int) -> str:
@@ -160,7 +212,3 @@ def rows_of_a_block(row_bytes: int, block_bytes: int, most: int) -> int:
 
 def blocks_of(count: Any, rows: int) -> Any:
     return (count + rows - 1) // rows
-
-
-__all__ = ["ANY", "LANES", "SEMAPHORE", "SMEM", "Axes", "Ref", "blocks_of", "by_lanes", "collective_id", "each_piece",
-           "exchange", "math", "rows_of_a_block", "smem_misfit", "start_copies", "tell_all", "wait_copies", "wait_for"]

@@ -11,13 +11,14 @@ DMA a row where rows are short; either is small beside the exchange.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import ici
 from pallas_kernels.ici import ANY, LANES, Axes, Ref, by_lanes, exchange, rows_of_a_block
 from pallas_kernels.peers import Route
 
@@ -46,6 +47,32 @@ def combine(slots_SD: jax.Array, route: Route, weights_RK: jax.Array | None, axi
     return sum_of_copies(returned, route.slot_RK, weights_RK, dtype, interpret=interpret)
 
 
+class InFlight(NamedTuple):
+    """A combine that was started."""
+
+    copies: ici.InFlight
+    route: Route
+    weights_RK: jax.Array | None
+    dtype: jnp.dtype
+
+    def before(self, x: Any) -> Any:
+        """See `ici.InFlight.before`."""
+        return self.copies.before(x)
+
+
+def combine_start(slots_SD: jax.Array, route: Route, weights_RK: jax.Array | None, axis: Axes,
+                  dtype: jnp.dtype) -> InFlight:
+    """See `api.combine_start`."""
+    copies = ici.start([by_lanes(slots_SD)], route.received_N, route.sent_N, axis)
+    return InFlight(copies, route, weights_RK, dtype)
+
+
+def combine_wait(in_flight: InFlight, after: Any = None) -> jax.Array:
+    """See `api.combine_wait`."""
+    returned, = ici.wait(in_flight.copies, after)
+    return sum_of_copies(returned, in_flight.route.slot_RK, in_flight.weights_RK, in_flight.dtype)
+
+
 def sum_of_copies(returned: jax.Array, slot_RK: jax.Array, weights_RK: jax.Array | None, dtype: jnp.dtype, *,
                   interpret: Any = False) -> jax.Array:
     """[S, D / 128, 128] -> [R, D]: as the reference, to the bit, but for what weights round."""
@@ -58,8 +85,10 @@ def sum_of_copies(returned: jax.Array, slot_RK: jax.Array, weights_RK: jax.Array
         padded = jnp.pad(x_RK, ((0, steps * block - rows), (0, 0)), constant_values=empty)
         return padded.reshape(steps, 1, block * copies)
     # A step fetches the copies of the next, so it sees the slots of both.
-    here, after = (pl.BlockSpec((1, 1, block * copies), lambda i, ahead=ahead: (jnp.minimum(i + ahead, steps - 1), 0, 0),
-                                memory_space=pltpu.SMEM) for ahead in (0, 1))
+    def table_spec(ahead: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, block * copies), lambda i: (jnp.minimum(i + ahead, steps - 1), 0, 0),
+                            memory_space=pltpu.SMEM)
+    here, after = table_spec(0), table_spec(1)
     slots = table(slot_RK, -1)
     weights = [] if weights_RK is None else [table(weights_RK.astype(jnp.float32), 0)]
     out = pl.pallas_call(

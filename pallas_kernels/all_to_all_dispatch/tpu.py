@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import ici
 from pallas_kernels.ici import (
     ANY,
     LANES,
@@ -94,10 +95,37 @@ def dispatch(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool,
     """See `api.all_to_all_dispatch`."""
     blocks = _blocks(parts, route, axis)
     arrived = _call(parts, route, axis, cast, blocks, True, interpret)
-    return unpack(arrived, route, blocks)
+    return _unpack(arrived, route, blocks)
 
 
-def unpack(arrived: tuple[jax.Array, ...], route: Route, blocks: _Blocks) -> tuple[jax.Array, ...]:
+class InFlight(NamedTuple):
+    """A dispatch that was started."""
+
+    copies: ici.InFlight
+    route: Route
+    blocks: _Blocks
+
+    def before(self, x: Any) -> Any:
+        """See `ici.InFlight.before`."""
+        return self.copies.before(x)
+
+
+def dispatch_start(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool) -> InFlight:
+    """See `api.dispatch_start`."""
+    blocks = _blocks(parts, route, axis)
+    packed = _call(parts, route, axis, cast, blocks, False, False)
+
+    def counts(rows_N: jax.Array) -> jax.Array:
+        return jnp.concatenate([rows_N, blocks_of(rows_N, blocks.rows)][:len(packed)])
+    return InFlight(ici.start(packed, counts(route.sent_N), counts(route.received_N), axis), route, blocks)
+
+
+def dispatch_wait(in_flight: InFlight, after: Any = None) -> tuple[jax.Array, ...]:
+    """See `api.dispatch_wait`."""
+    return _unpack(tuple(ici.wait(in_flight.copies, after)), in_flight.route, in_flight.blocks)
+
+
+def _unpack(arrived: tuple[jax.Array, ...], route: Route, blocks: _Blocks) -> tuple[jax.Array, ...]:
     """[S, D / 128, 128] and scales of blocks, as the kernel has them, to arrays of slots; empty ones become zero."""
     slots = arrived[0].shape[0]
     used_S1 = used_slots(route.received_N, slots)[:, None]
@@ -117,7 +145,7 @@ def _scales_in_blocks(scales_RW: jax.Array, source_S: jax.Array, blocks: _Blocks
 
 def _call(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, blocks: _Blocks, remote: bool,
           interpret: Any) -> tuple[jax.Array, ...]:
-    """Sends blocks to their ranks, or, if not `remote`, packs them in this rank's HBM as they would lie in its slots."""
+    """Sends blocks to their ranks, or, if not `remote`, packs them in this rank's HBM, in its chunks for the ranks."""
     rows, slots = by_lanes(parts[0]), route.source_S.shape[0]
     row = rows.shape[1:]
     out = [jax.ShapeDtypeStruct((slots, *row), FP8 if cast else rows.dtype)]
@@ -240,6 +268,3 @@ def _wait_for_scales(blocks: _Blocks, scales: Ref, received: Ref, arrived: Ref) 
     @pl.loop(0, blocks.ranks)
     def _(peer):
         wait_for(arrived.at[peer], scales, blocks_of(received[peer], blocks.rows), blocks.each)
-
-
-

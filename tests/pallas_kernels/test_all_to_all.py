@@ -54,8 +54,9 @@ def test_copies_come_home_and_are_added_in_order(name, dtype):
     np.testing.assert_array_equal(got, combined(slots, t).astype(dtype))
     got = on_ranks(mesh(4, 2), lambda route, s, w: all_to_all_combine(s, route, AXIS, dtype, weights_RK=w), t, slots,
                    WEIGHTS)
-    np.testing.assert_allclose(np.asarray(got, np.float32), combined(slots, t, WEIGHTS).astype(dtype).astype(np.float32),
-                               rtol=2 ** -22 if dtype == jnp.float32 else 2 ** -7, atol=2 ** -10)
+    want = combined(slots, t, WEIGHTS).astype(dtype).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2 ** -22 if dtype == jnp.float32 else 2 ** -7,
+                               atol=2 ** -10)
 
 
 @pytest.mark.parametrize("name", ["masked", "uneven, and none from rank 0"])
