@@ -34,7 +34,9 @@ SMEM_BYTES = 2 ** 19
 Ref = Any
 Axes = tuple[str, ...]
 
-ANY, SMEM, SEMAPHORE = (pl.BlockSpec(memory_space=space) for space in (pl.ANY, pltpu.SMEM, pltpu.SEMAPHORE))
+HBM, SMEM, SEMAPHORE = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SMEM, pltpu.SEMAPHORE))
+"""HBM rather than any memory: XLA would else bring what `wait` takes into VMEM while it is still being sent, and use its
+place in HBM for something else."""
 
 _groups: list[Axes] = []
 
@@ -125,7 +127,7 @@ def exchange(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, a
         _start(axis, arrays, results, going, sent, arrived, told)
         _wait(ranks, arrays, results, going, coming, sent, arrived)
     return pl.pallas_call(
-        body, name="ici_exchange", in_specs=[SMEM, SMEM] + [ANY] * number, out_specs=[ANY] * number,
+        body, name="ici_exchange", in_specs=[SMEM, SMEM] + [HBM] * number, out_specs=[HBM] * number,
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays], interpret=interpret,
         scratch_shapes=[*[pltpu.SemaphoreType.DMA((ranks,))] * 2, pltpu.SemaphoreType.REGULAR],
         compiler_params=_communicates(axis))(going, coming, *arrays)
@@ -162,7 +164,7 @@ def start(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, axis
         _start(axis, arrays, results, going, sent, arrived, told)
         started[0] = 0
     out = pl.pallas_call(
-        body, name="ici_start", in_specs=[SMEM] + [ANY] * number, out_specs=[ANY] * number + [SEMAPHORE] * 2 + [SMEM],
+        body, name="ici_start", in_specs=[SMEM] + [HBM] * number, out_specs=[HBM] * number + [SEMAPHORE] * 2 + [SMEM],
         out_shape=[*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays),
                    *[pltpu.SemaphoreType.DMA((ranks,))] * 2, jax.ShapeDtypeStruct((1,), jnp.int32)],
         scratch_shapes=[pltpu.SemaphoreType.REGULAR], compiler_params=_communicates(axis))(going, *arrays)
@@ -177,7 +179,7 @@ def wait(in_flight: InFlight, after: Any = None) -> list[jax.Array]:
     def body(going: Ref, coming: Ref, sent: Ref, arrived: Ref, *refs: Ref) -> None:
         _wait(ranks, refs[:number], refs[number:2 * number], going, coming, sent, arrived)
     return pl.pallas_call(
-        body, name="ici_wait", in_specs=[SMEM] * 2 + [SEMAPHORE] * 2 + [ANY] * (2 * number), out_specs=[ANY] * number,
+        body, name="ici_wait", in_specs=[SMEM] * 2 + [SEMAPHORE] * 2 + [HBM] * (2 * number), out_specs=[HBM] * number,
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in in_flight.results],
         input_output_aliases={4 + number + i: i for i in range(number)},
         compiler_params=pltpu.CompilerParams(has_side_effects=True))(

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import ici
-from pallas_kernels.ici import ANY, LANES, Axes, Ref, by_lanes, exchange, rows_of_a_block
+from pallas_kernels.ici import HBM, LANES, Axes, Ref, by_lanes, exchange, rows_of_a_block
 from pallas_kernels.peers import Route
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def sum_of_copies(returned: jax.Array, slot_RK: jax.Array, weights_RK: jax.Array
     weights = [] if weights_RK is None else [table(weights_RK.astype(jnp.float32), 0)]
     out = pl.pallas_call(
         functools.partial(_sum, copies, bool(weights)), name="sum_of_copies", grid=(steps,),
-        in_specs=[here, after, *[here] * len(weights), ANY],
+        in_specs=[here, after, *[here] * len(weights), HBM],
         out_specs=pl.BlockSpec((block, *row), lambda i: (i, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, *row), dtype), interpret=interpret,
         scratch_shapes=[pltpu.VMEM((2, block * copies, *row), returned.dtype), pltpu.SemaphoreType.DMA((2,))],

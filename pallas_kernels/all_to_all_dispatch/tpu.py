@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import ici
 from pallas_kernels.ici import (
-    ANY,
+    HBM,
     LANES,
     SMEM,
     Axes,
@@ -167,8 +167,8 @@ def _call(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, bl
         own = dict(zip(scratch, refs[len(operands) + len(out):], strict=True))
         _body(axis, blocks, remote, source, sent, received, inputs, results, own)
     return tuple(pl.pallas_call(
-        body, name="dispatch" if remote else "pack", in_specs=[SMEM] * 3 + [ANY] * len(operands),
-        out_specs=[ANY] * len(out), out_shape=out, scratch_shapes=list(scratch.values()), interpret=interpret,
+        body, name="dispatch" if remote else "pack", in_specs=[SMEM] * 3 + [HBM] * len(operands),
+        out_specs=[HBM] * len(out), out_shape=out, scratch_shapes=list(scratch.values()), interpret=interpret,
         compiler_params=pltpu.CompilerParams(
             collective_id=collective_id(axis) if remote else None, has_side_effects=remote,
             vmem_limit_bytes=VMEM_BYTES))(route.source_S, route.sent_N, route.received_N, *operands))
