@@ -35,8 +35,6 @@ Ref = Any
 Axes = tuple[str, ...]
 
 HBM, SMEM, SEMAPHORE = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SMEM, pltpu.SEMAPHORE))
-"""HBM rather than any memory: XLA would else bring what `wait` takes into VMEM while it is still being sent, and use its
-place in HBM for something else."""
 
 _groups: list[Axes] = []
 
@@ -165,9 +163,10 @@ def start(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, axis
         started[0] = 0
     out = pl.pallas_call(
         body, name="ici_start", in_specs=[SMEM] + [HBM] * number, out_specs=[HBM] * number + [SEMAPHORE] * 2 + [SMEM],
-        out_shape=[*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays),
+        out_shape=[*(pltpu.HBM(array.shape, array.dtype) for array in arrays),
                    *[pltpu.SemaphoreType.DMA((ranks,))] * 2, jax.ShapeDtypeStruct((1,), jnp.int32)],
-        scratch_shapes=[pltpu.SemaphoreType.REGULAR], compiler_params=_communicates(axis))(going, *arrays)
+        scratch_shapes=[pltpu.SemaphoreType.REGULAR], compiler_params=_communicates(axis))(
+            going, *map(_in_hbm, arrays))
     return InFlight(tuple(arrays), tuple(out[:number]), *out[number:], going, coming)
 
 
@@ -180,10 +179,17 @@ def wait(in_flight: InFlight, after: Any = None) -> list[jax.Array]:
         _wait(ranks, refs[:number], refs[number:2 * number], going, coming, sent, arrived)
     return pl.pallas_call(
         body, name="ici_wait", in_specs=[SMEM] * 2 + [SEMAPHORE] * 2 + [HBM] * (2 * number), out_specs=[HBM] * number,
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in in_flight.results],
+        out_shape=[pltpu.HBM(array.shape, array.dtype) for array in in_flight.results],
         input_output_aliases={4 + number + i: i for i in range(number)},
         compiler_params=pltpu.CompilerParams(has_side_effects=True))(
-            going, in_flight.coming, in_flight.sent, in_flight.arrived, *in_flight.arrays, *in_flight.results)
+            going, in_flight.coming, in_flight.sent, in_flight.arrived, *map(_in_hbm, in_flight.arrays),
+            *map(_in_hbm, in_flight.results))
+
+
+def _in_hbm(array: jax.Array) -> jax.Array:
+    """XLA would else bring what `wait` takes into VMEM as soon as it is there, which is while it is still being sent,
+    and use its place in HBM for something else. Seen so in a program for v5p."""
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def _start(axis: Axes, arrays: Sequence[Ref], results: Sequence[Ref], going: Ref, sent: Ref, arrived: Ref,
