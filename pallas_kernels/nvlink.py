@@ -40,6 +40,12 @@ def on_peer(ref: Ref, axis: Axes, peer: Any) -> Ref:
     return ref if ranks_of(axis) == 1 else plgpu.remote_ref(ref, device_of(axis, peer))
 
 
+def fetch(source: Ref, target: Ref, arrived: Ref) -> None:
+    """A row to shared memory. With the promise that it lies inside its array it is one plain copy of any length, which
+    needs no descriptor and hence may come from any of any number of peers."""
+    plgpu.copy_gmem_to_smem(source, target, arrived, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+
 def semaphores(axis: Axes) -> list[Any]:
     """Scratch for `finish`: none for one rank, since interpretation on a CPU has no semaphores."""
     return [] if ranks_of(axis) == 1 else [plgpu.SemaphoreType.REGULAR]

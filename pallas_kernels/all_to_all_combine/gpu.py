@@ -67,7 +67,7 @@ def combine(slots_SD: jax.Array, route: Route, weights_RK: jax.Array | None, axi
             def _():
                 source = nvlink.on_peer(slots.at[chunk + rem(slot, places)], axis, div(slot, places))
                 at = rem(turn, ring)
-                plgpu.copy_gmem_to_smem(source, buffers.at[at], arrived.at[at])
+                nvlink.fetch(source, buffers.at[at], arrived.at[at])
         jax.lax.fori_loop(0, jnp.minimum(mine * copies, ring), lambda turn, _: fetch(turn), None)
 
         @pl.loop(0, mine)

@@ -58,7 +58,7 @@ def quantise(x: jax.Array, tile: Tile, power_of_two: bool) -> tuple:
     x_MK = x.reshape(-1, x.shape[-1])
 
     def compute(sources: list[Ref], results: list[Ref]) -> None:
-        _by_rows(sources[0], results, power_of_two)
+        cast_square(sources[0], results, power_of_two)
     values, scales = _call("quantise", compute, x_MK, [0], x_MK.shape[1], [_rows_of(*x_MK.shape)])
     return values.reshape(x.shape), scales.T.reshape(*x.shape[:-1], -1)
 
@@ -79,7 +79,7 @@ def quantise_both(x: jax.Array, power_of_two: bool) -> tuple:
     x_MK = x.reshape(x.shape[-2:])
 
     def compute(sources: list[Ref], results: list[Ref]) -> None:
-        _by_rows(sources[0], results[:2], power_of_two)
+        cast_square(sources[0], results[:2], power_of_two)
         _by_columns(sources[0], results[2:], power_of_two)
     values, scales, values_T, scales_T = _call("quantise_both", compute, x_MK, [0], x_MK.shape[1],
                                                [_rows_of(*x_MK.shape), _columns_of(*x_MK.shape)])
@@ -99,7 +99,7 @@ def swiglu_quantise(gate_up: jax.Array, power_of_two: bool) -> tuple:
         for start in range(0, TILE, piece):
             at = slice(None), pl.ds(start, piece)
             gate[at] = silu_times(_load_rows(gate.at[at]), _load_rows(up.at[at])).astype(gate.dtype)
-        _by_rows(gate, results, power_of_two)
+        cast_square(gate, results, power_of_two)
     values, scales = _call("swiglu_quantise", compute, x_PF2, [0, width], width, [_rows_of(rows, width)])
     return values.reshape(*gate_up.shape[:-1], width), scales.T.reshape(*gate_up.shape[:-1], -1)
 
@@ -113,7 +113,7 @@ def _load_rows(source: Ref) -> jax.Array:
     return plgpu.load(source, layout=_vectors(source.dtype)).astype(jnp.float32)
 
 
-def _by_rows(source: Ref, results: list[Ref], power_of_two: bool) -> None:
+def cast_square(source: Ref, results: list[Ref], power_of_two: bool) -> None:
     _write(_load_rows(source), results, power_of_two)
 
 
