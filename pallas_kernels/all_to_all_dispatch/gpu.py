@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper, nvlink
 from pallas_kernels.nvlink import LANES, Axes, Ref, div, rem
 from pallas_kernels.peers import Route, rank_on, ranks_of
-from pallas_kernels.quantise.gpu import cast_square
+from pallas_kernels.quantise.gpu import cast_rows, load_rows
 
 if TYPE_CHECKING:
     from pallas_kernels.all_to_all_dispatch.api import Problem
@@ -44,6 +44,8 @@ def misfit(problem: Problem) -> str:
         return f"a width divisible by {unit}, and some rows"
     if problem.cast and problem.width > SQUARE * LANES:
         return f"a width of {SQUARE * LANES} at most to cast"
+    if problem.cast and not hasattr(plgpu, "store"):
+        return "jax 0.12, to store rows as they are sent"
     if problem.dtype not in (jnp.bfloat16, jnp.float32, FP8):
         return "bfloat16, float32 or float8_e4m3fn"
     return ""
@@ -178,13 +180,20 @@ def _cast_kernel(axis: Axes, places: int, parts: tuple[jax.Array, ...], kinds: l
                 row = row_S[jnp.minimum(first_of(turn) + g, total - 1)]
                 plgpu.copy_gmem_to_smem(sources[0].at[row], squares.at[at, pl.ds(g * tiles, tiles)], arrived.at[at])
         jax.lax.fori_loop(0, jnp.minimum(turns, 2), lambda turn, _: fetch(turn), None)
+        # Written once in this layout: so the compiler lets rows lie as they are sent, rather than swizzled. A copy of
+        # swizzled rows needs a descriptor for each peer, and there are no more than 8.
+        for i in range(2):
+            values[i] = plgpu.layout_cast(jnp.zeros((SQUARE, LANES), FP8),
+                                          plgpu.Layout.WG_STRIDED((SQUARE, LANES), vec_size=16))
+        plgpu.commit_smem()
 
         @pl.loop(0, turns)
         def _(turn):
             at = rem(turn, 2)
             plgpu.barrier_wait(arrived.at[at])
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            cast_square(squares.at[at], [values.at[at], scales.at[at]], True)
+            codes, scales[at] = cast_rows(load_rows(squares.at[at]), True)
+            plgpu.store(values.at[at], codes, optimized=False)
             plgpu.commit_smem()
             for g in range(group):
                 @pl.when(first_of(turn) + g < total)

@@ -58,7 +58,7 @@ def quantise(x: jax.Array, tile: Tile, power_of_two: bool) -> tuple:
     x_MK = x.reshape(-1, x.shape[-1])
 
     def compute(sources: list[Ref], results: list[Ref]) -> None:
-        cast_square(sources[0], results, power_of_two)
+        _by_rows(sources[0], results, power_of_two)
     values, scales = _call("quantise", compute, x_MK, [0], x_MK.shape[1], [_rows_of(*x_MK.shape)])
     return values.reshape(x.shape), scales.T.reshape(*x.shape[:-1], -1)
 
@@ -79,7 +79,7 @@ def quantise_both(x: jax.Array, power_of_two: bool) -> tuple:
     x_MK = x.reshape(x.shape[-2:])
 
     def compute(sources: list[Ref], results: list[Ref]) -> None:
-        cast_square(sources[0], results[:2], power_of_two)
+        _by_rows(sources[0], results[:2], power_of_two)
         _by_columns(sources[0], results[2:], power_of_two)
     values, scales, values_T, scales_T = _call("quantise_both", compute, x_MK, [0], x_MK.shape[1],
                                                [_rows_of(*x_MK.shape), _columns_of(*x_MK.shape)])
@@ -98,8 +98,8 @@ def swiglu_quantise(gate_up: jax.Array, power_of_two: bool) -> tuple:
         piece = 128 // gate.dtype.itemsize
         for start in range(0, TILE, piece):
             at = slice(None), pl.ds(start, piece)
-            gate[at] = silu_times(_load_rows(gate.at[at]), _load_rows(up.at[at])).astype(gate.dtype)
-        cast_square(gate, results, power_of_two)
+            gate[at] = silu_times(load_rows(gate.at[at]), load_rows(up.at[at])).astype(gate.dtype)
+        _by_rows(gate, results, power_of_two)
     values, scales = _call("swiglu_quantise", compute, x_PF2, [0, width], width, [_rows_of(rows, width)])
     return values.reshape(*gate_up.shape[:-1], width), scales.T.reshape(*gate_up.shape[:-1], -1)
 
@@ -109,12 +109,12 @@ def _vectors(dtype: Any) -> Any:
     return plgpu.Layout.TCGEN05_TMEM_NATIVE(16 // jnp.dtype(dtype).itemsize)
 
 
-def _load_rows(source: Ref) -> jax.Array:
+def load_rows(source: Ref) -> jax.Array:
     return plgpu.load(source, layout=_vectors(source.dtype)).astype(jnp.float32)
 
 
-def cast_square(source: Ref, results: list[Ref], power_of_two: bool) -> None:
-    _write(_load_rows(source), results, power_of_two)
+def _by_rows(source: Ref, results: list[Ref], power_of_two: bool) -> None:
+    _write(load_rows(source), results, power_of_two)
 
 
 def _by_columns(source: Ref, results: list[Ref], power_of_two: bool) -> None:
@@ -123,12 +123,15 @@ def _by_columns(source: Ref, results: list[Ref], power_of_two: bool) -> None:
 
 
 def _write(x: jax.Array, results: list[Ref], power_of_two: bool) -> None:
-    """Values and scales of x; a thread has a row."""
     values, scales = results
+    values[...], scales[...] = cast_rows(x, power_of_two)
+
+
+def cast_rows(x: jax.Array, power_of_two: bool) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of x, as `load_rows` gives it; a thread has a row."""
     scale, inverse = scale_and_inverse(jnp.max(magnitude_bits(x), axis=1), power_of_two)
-    scales[...] = scale
     scaled = x * jax.lax.broadcast_in_dim(inverse, x.shape, (0,))
-    values[...] = plgpu.layout_cast(scaled, _vectors(FP8)).astype(FP8)
+    return plgpu.layout_cast(scaled, _vectors(FP8)).astype(FP8), scale
 
 
 class _Result(NamedTuple):
