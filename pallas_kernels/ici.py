@@ -167,7 +167,8 @@ def start(arrays: Sequence[jax.Array], going: jax.Array, coming: jax.Array, axis
                    *[pltpu.SemaphoreType.DMA((ranks,))] * 2, jax.ShapeDtypeStruct((1,), jnp.int32)],
         scratch_shapes=[pltpu.SemaphoreType.REGULAR], compiler_params=_communicates(axis))(
             going, *map(_in_hbm, arrays))
-    return InFlight(tuple(arrays), tuple(out[:number]), *out[number:], going, coming)
+    sent, arrived, started = out[number:]
+    return InFlight(tuple(arrays), tuple(out[:number]), sent, arrived, started, going, coming)
 
 
 def wait(in_flight: InFlight, after: Any = None) -> list[jax.Array]:

@@ -48,6 +48,12 @@ def device_kind(platform: Literal["gpu", "tpu"], default: str) -> str:
     return jax.devices()[0].device_kind if jax.default_backend() == platform else default
 
 
+def platform_named() -> str:
+    """The platform of the mesh, or else that of the device at hand."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def nvidia_is_hopper() -> bool:
     """Whether to compile for Hopper when compiling for NVIDIA.
 

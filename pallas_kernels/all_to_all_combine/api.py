@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.all_to_all_dispatch.api import all_to_all_dispatch
+from pallas_kernels.all_to_all_dispatch.api import Done, all_to_all_dispatch, split_backend
 from pallas_kernels.peers import Axis, Route, names_of, ranks_of, swap
 from pallas_kernels.targets import Backend, backend_module, dispatch
 
@@ -34,11 +34,25 @@ def all_to_all_combine(slots_SD: jax.Array, route: Route, axis: Axis, dtype: jax
     Raises:
       ValueError: slots that are not the route's, or a problem that the named `backend` does not serve.
     """
-    if slots_SD.shape[0] != route.source_S.shape[0] or slots_SD.shape[0] % ranks_of(axis):
-        raise ValueError(f"{slots_SD.shape[0]} slots do not fit the route's {route.source_S.shape[0]} over "
-                         f"{ranks_of(axis)} ranks along {axis}")
-    result = jnp.dtype(slots_SD.dtype if dtype is None else dtype)
-    return _combine(slots_SD, weights_RK, route, names_of(axis), result, backend)
+    problem = _problem_of(slots_SD, route, weights_RK, axis, dtype)
+    return _combine(slots_SD, weights_RK, route, names_of(axis), problem.result, backend)
+
+
+def combine_start(slots_SD: jax.Array, route: Route, axis: Axis, dtype: jax.typing.DTypeLike | None = None, *,
+                  weights_RK: jax.Array | None = None, backend: Backend | None = None) -> Any:
+    """Starts an `all_to_all_combine`, as `dispatch_start` does a dispatch: rows travel, the sum is made by the wait."""
+    problem, axes = _problem_of(slots_SD, route, weights_RK, axis, dtype), names_of(axis)
+    if split_backend(problem, backend) == "tpu":
+        return backend_module("all_to_all_combine", "tpu").combine_start(slots_SD, route, weights_RK, axes,
+                                                                         problem.result)
+    return Done(_combine(slots_SD, weights_RK, route, axes, problem.result, backend))
+
+
+def combine_wait(in_flight: Any, after: Any = None) -> jax.Array:
+    """The result of the `all_to_all_combine` that was started; it waits until `after` has been computed."""
+    if isinstance(in_flight, Done):
+        return in_flight.result
+    return backend_module("all_to_all_combine", "tpu").combine_wait(in_flight, after)
 
 
 class Problem(NamedTuple):
@@ -58,11 +72,21 @@ class Problem(NamedTuple):
         return "" if backend == "reference" else backend_module("all_to_all_combine", backend).misfit(self)
 
 
+def _problem_of(slots_SD: jax.Array, route: Route, weights_RK: jax.Array | None, axis: Axis,
+                dtype: jax.typing.DTypeLike | None) -> Problem:
+    """Raises `ValueError` for what no backend takes."""
+    (slots, width), (rows, copies), ranks = slots_SD.shape, route.slot_RK.shape, ranks_of(axis)
+    if slots != route.source_S.shape[0] or slots % ranks:
+        raise ValueError(f"{slots} slots do not fit the route's {route.source_S.shape[0]} over {ranks} ranks along "
+                         f"{axis}")
+    result = jnp.dtype(slots_SD.dtype if dtype is None else dtype)
+    return Problem(ranks, slots, rows, copies, width, slots_SD.dtype, result, weights_RK is not None)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _combine(slots_SD: jax.Array, weights_RK: jax.Array | None, route: Route, axis: tuple[str, ...], dtype: jnp.dtype,
              backend: Backend | None) -> jax.Array:
-    problem = Problem(ranks_of(axis), slots_SD.shape[0], *route.slot_RK.shape, slots_SD.shape[1], slots_SD.dtype, dtype,
-                      weights_RK is not None)
+    problem = _problem_of(slots_SD, route, weights_RK, axis, dtype)
 
     def compute(name: Backend, slots_SD: jax.Array, weights_RK: jax.Array | None, route: Route) -> jax.Array:
         return backend_module("all_to_all_combine", name).combine(slots_SD, route, weights_RK, axis, dtype)

@@ -34,7 +34,8 @@ LARGEST_WIDTH = 8192
 
 def misfit(problem: Problem) -> str:
     """What a kernel needs and the problem is not; empty if it is served."""
-    if problem.width % (8 * LANES) or problem.width > LARGEST_WIDTH or not problem.rows * problem.copies * problem.slots:
+    fits = problem.width % (8 * LANES) == 0 and problem.width <= LARGEST_WIDTH
+    if not fits or not problem.rows * problem.copies * problem.slots:
         return f"a width divisible by {8 * LANES}, {LARGEST_WIDTH} at most, and some rows"
     if any(dtype not in (jnp.bfloat16, jnp.float32) for dtype in (problem.dtype, problem.result)):
         return "bfloat16 or float32"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.peers import Axis, Route, names_of, ranks_of
 from pallas_kernels.quantise.api import Quantised
 from pallas_kernels.quantise.reference import TILE
-from pallas_kernels.targets import Backend, backend_module, dispatch
+from pallas_kernels.targets import Backend, backend_module, dispatch, platform_named
 
 Wire = Literal["plain", "float8"]
 
@@ -42,6 +42,53 @@ def all_to_all_dispatch(rows: jax.Array | Quantised, route: Route, axis: Axis, *
     if len(parts) == 1 and wire == "plain":
         return _plain(parts[0], route, names_of(axis), backend)
     return _without_gradient(parts, route, problem, names_of(axis), backend)
+
+
+def dispatch_start(rows: jax.Array | Quantised, route: Route, axis: Axis, *, wire: Wire = "plain",
+                   backend: Backend | None = None) -> Any:
+    """Starts an `all_to_all_dispatch`, so that compute can run while rows travel.
+
+        in_flight = dispatch_start(rows, route, axis)
+        y = compute(in_flight.before(x))         # what is to run meanwhile uses this x, which waits for the start
+        slots = dispatch_wait(in_flight, after=y)  # and the wait waits for its result
+
+    Without `before` and `after` the compiler may place compute before the start, or after the wait. On a platform that
+    has no such halves, the start does it all. It has no gradient: a backward has starts and waits of its own.
+
+    Args:
+      backend: None is the kernel of the platform that the mesh names, or else of the one at hand: results of the start
+        differ by platform, so the choice cannot wait until the program is compiled.
+    """
+    parts = tuple(rows) if isinstance(rows, tuple | list) else (rows,)
+    problem, axes = problem_of(parts, route, axis, wire), names_of(axis)
+    if split_backend(problem, backend) == "tpu":
+        return backend_module("all_to_all_dispatch", "tpu").dispatch_start(parts, route, axes, problem.cast)
+    return Done(_run(parts, route, problem, axes, backend))
+
+
+def dispatch_wait(in_flight: Any, after: Any = None) -> Any:
+    """The result of the `all_to_all_dispatch` that was started; it waits until `after` has been computed."""
+    parts = in_flight.result if isinstance(in_flight, Done) else backend_module("all_to_all_dispatch", "tpu"
+                                                                               ).dispatch_wait(in_flight, after)
+    return parts if len(parts) > 1 else parts[0]
+
+
+class Done(NamedTuple):
+    """An exchange that was finished when it was started."""
+
+    result: Any
+
+    def before(self, x: Any) -> Any:
+        return x
+
+
+def split_backend(problem: Any, backend: Backend | None) -> Backend | None:
+    """"tpu" if its kernel starts the exchange."""
+    if backend is None and platform_named() == "tpu" and not problem.misfit("tpu"):
+        return "tpu"
+    if backend == "tpu" and (need := problem.misfit("tpu")):
+        raise ValueError(f"no tpu kernel for {problem}: it needs {need}; backend=None takes one that serves")
+    return backend
 
 
 class Problem(NamedTuple):

@@ -1,7 +1,7 @@
 """The Hopper backend: rows come from HBM into shared memory, are cast there if they shall be, and leave over NVLink.
 
-The order of sending is made before, by XLA, from a few integers: all used slots, for one rank after the other, each card
-beginning with itself, so that at any time no two cards send to the same one if loads are even. Blocks of 128 threads
+The order of sending is made before, by XLA, from a few integers: all used slots, for one rank after the other, each
+card beginning with itself, so that no two cards send to the same one at a time if loads are even. Blocks of 128 threads
 take the rows in turn. A row that is not cast is touched by no thread: it is copied into a ring in shared memory, and
 from there into the peer's result. A cast works on a square of 128 tiles of 128 columns, that is on 128 * 128 / D rows
 at once: a thread has a tile, as in the standalone cast, whose code it is.
