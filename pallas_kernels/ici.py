@@ -220,4 +220,5 @@ def rows_of_a_block(row_bytes: int, block_bytes: int, most: int) -> int:
 
 
 def blocks_of(count: Any, rows: int) -> Any:
-    return (count + rows - 1) // rows
+    """How many blocks of `rows` hold `count` rows."""
+    return -(-count // rows) if isinstance(count, int) else jax.lax.div(count + (rows - 1), jnp.int32(rows))

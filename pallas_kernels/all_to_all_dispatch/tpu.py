@@ -71,7 +71,7 @@ def misfit(problem: Problem) -> str:
     return smem_misfit(problem.slots)
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """How the C slots of a destination are cut."""
 
     ranks: int
@@ -84,18 +84,18 @@ class _Blocks(NamedTuple):
         return blocks_of(self.places, self.rows)
 
 
-def _blocks(parts: tuple[jax.Array, ...], route: Route, axis: Axes) -> _Blocks:
+def blocks_for(parts: tuple[jax.Array, ...], route: Route, axis: Axes) -> Blocks:
     ranks, row_bytes = ranks_of(axis), parts[0].shape[1] * parts[0].dtype.itemsize
     places = route.source_S.shape[0] // ranks
-    return _Blocks(ranks, places, rows_of_a_block(row_bytes, BLOCK_BYTES, min(ROWS, places)))
+    return Blocks(ranks, places, rows_of_a_block(row_bytes, BLOCK_BYTES, min(ROWS, places)))
 
 
 def dispatch(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, *,
              interpret: Any = False) -> tuple[jax.Array, ...]:
     """See `api.all_to_all_dispatch`."""
-    blocks = _blocks(parts, route, axis)
+    blocks = blocks_for(parts, route, axis)
     arrived = _call(parts, route, axis, cast, blocks, True, interpret)
-    return _unpack(arrived, route, blocks)
+    return unpack(arrived, route, blocks)
 
 
 class InFlight(NamedTuple):
@@ -103,7 +103,7 @@ class InFlight(NamedTuple):
 
     copies: ici.InFlight
     route: Route
-    blocks: _Blocks
+    blocks: Blocks
 
     def before(self, x: Any) -> Any:
         """See `ici.InFlight.before`."""
@@ -112,20 +112,27 @@ class InFlight(NamedTuple):
 
 def dispatch_start(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool) -> InFlight:
     """See `api.dispatch_start`."""
-    blocks = _blocks(parts, route, axis)
-    packed = _call(parts, route, axis, cast, blocks, False, False)
+    packed, going, coming = pack(parts, route, axis, cast)
+    return InFlight(ici.start(packed, going, coming, axis), route, blocks_for(parts, route, axis))
+
+
+def pack(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, *,
+         interpret: Any = False) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """What an `ici` exchange takes: rows as they are to be sent, and how many go and come."""
+    blocks = blocks_for(parts, route, axis)
+    packed = _call(parts, route, axis, cast, blocks, False, interpret)
 
     def counts(rows_N: jax.Array) -> jax.Array:
         return jnp.concatenate([rows_N, blocks_of(rows_N, blocks.rows)][:len(packed)])
-    return InFlight(ici.start(packed, counts(route.sent_N), counts(route.received_N), axis), route, blocks)
+    return packed, counts(route.sent_N), counts(route.received_N)
 
 
 def dispatch_wait(in_flight: InFlight, after: Any = None) -> tuple[jax.Array, ...]:
     """See `api.dispatch_wait`."""
-    return _unpack(tuple(ici.wait(in_flight.copies, after)), in_flight.route, in_flight.blocks)
+    return unpack(tuple(ici.wait(in_flight.copies, after)), in_flight.route, in_flight.blocks)
 
 
-def _unpack(arrived: tuple[jax.Array, ...], route: Route, blocks: _Blocks) -> tuple[jax.Array, ...]:
+def unpack(arrived: tuple[jax.Array, ...], route: Route, blocks: Blocks) -> tuple[jax.Array, ...]:
     """[S, D / 128, 128] and scales of blocks, as the kernel has them, to arrays of slots; empty ones become zero."""
     slots = arrived[0].shape[0]
     used_S1 = used_slots(route.received_N, slots)[:, None]
@@ -136,14 +143,14 @@ def _unpack(arrived: tuple[jax.Array, ...], route: Route, blocks: _Blocks) -> tu
     return tuple(jnp.where(used_S1, part, jnp.zeros((), part.dtype)) for part in parts)
 
 
-def _scales_in_blocks(scales_RW: jax.Array, source_S: jax.Array, blocks: _Blocks) -> jax.Array:
+def _scales_in_blocks(scales_RW: jax.Array, source_S: jax.Array, blocks: Blocks) -> jax.Array:
     """Scales that rows bring with them, as blocks send them: [N * blocks, tiles, rows of a block]."""
     source_NC = jnp.maximum(source_S, 0).reshape(blocks.ranks, blocks.places)
     source_NC = jnp.pad(source_NC, ((0, 0), (0, blocks.each * blocks.rows - blocks.places)))
     return scales_RW[source_NC.reshape(-1, blocks.rows)].swapaxes(1, 2)
 
 
-def _call(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, blocks: _Blocks, remote: bool,
+def _call(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, blocks: Blocks, remote: bool,
           interpret: Any) -> tuple[jax.Array, ...]:
     """Sends blocks to their ranks, or, if not `remote`, packs them in this rank's HBM, in its chunks for the ranks."""
     rows, slots = by_lanes(parts[0]), route.source_S.shape[0]
@@ -174,7 +181,7 @@ def _call(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool, bl
             vmem_limit_bytes=VMEM_BYTES))(route.source_S, route.sent_N, route.received_N, *operands))
 
 
-def _body(axis: Axes, blocks: _Blocks, remote: bool, source: Ref, sent: Ref, received: Ref, inputs: tuple[Ref, ...],
+def _body(axis: Axes, blocks: Blocks, remote: bool, source: Ref, sent: Ref, received: Ref, inputs: tuple[Ref, ...],
           results: tuple[Ref, ...], own: dict[str, Ref]) -> None:
     ranks, most = blocks.ranks, blocks.rows
     if remote:
@@ -215,7 +222,7 @@ def _wait_until_gone(own: dict[str, Ref], slot: Any, most: int) -> None:
         wait_for(own["left"].at[slot], own["scales"], (count > 0).astype(jnp.int32), 1)
 
 
-def _gather(blocks: _Blocks, source: Ref, inputs: tuple[Ref, ...], own: dict[str, Ref], slot: Any, peer: Any,
+def _gather(blocks: Blocks, source: Ref, inputs: tuple[Ref, ...], own: dict[str, Ref], slot: Any, peer: Any,
             block: Any, count: Any) -> None:
     """Fetches the rows of a block into the slot, and casts them where they are to be cast."""
     first, rows = peer * blocks.places + block * blocks.rows, own["rows"].at[slot]
@@ -245,7 +252,7 @@ def _cast(rows: Ref, values: Ref, scales: Ref, count: Any) -> None:
     scales[...] = jax.lax.fori_loop(0, count, row, jnp.zeros(scales.shape, jnp.float32))
 
 
-def _deliver(axis: Axes, blocks: _Blocks, remote: bool, results: tuple[Ref, ...], own: dict[str, Ref], slot: Any,
+def _deliver(axis: Axes, blocks: Blocks, remote: bool, results: tuple[Ref, ...], own: dict[str, Ref], slot: Any,
              peer: Any, block: Any, count: Any) -> None:
     """Sends a slot to the rank's chunk for us, or packs it in our chunk for that rank."""
     me = rank_on(axis)
@@ -264,7 +271,7 @@ def _deliver(axis: Axes, blocks: _Blocks, remote: bool, results: tuple[Ref, ...]
         copy(own["scales"].at[slot], results[1].at[chunk * blocks.each + block])
 
 
-def _wait_for_scales(blocks: _Blocks, scales: Ref, received: Ref, arrived: Ref) -> None:
+def _wait_for_scales(blocks: Blocks, scales: Ref, received: Ref, arrived: Ref) -> None:
     @pl.loop(0, blocks.ranks)
     def _(peer):
         wait_for(arrived.at[peer], scales, blocks_of(received[peer], blocks.rows), blocks.each)

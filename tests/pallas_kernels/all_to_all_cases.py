@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from pallas_kernels.all_to_all_dispatch import Route, make_route
+from pallas_kernels.all_to_all_dispatch import make_route
 
 AXIS = ("up", "context")
 
@@ -94,13 +94,15 @@ def mesh(up: int, context: int, data: int = 1) -> Mesh:
 def on_ranks(mesh: Mesh, function, t: Traffic, *arrays):
     """`function(route, *arrays of the rank)` on every rank; arrays and results have a leading dimension N. With a data
     axis, every replica has the same."""
+    return program(mesh, function, t)(*arrays)
+
+
+def program(mesh: Mesh, function, t: Traffic):
+    """The function of the arrays that `on_ranks` calls, compiled once."""
     def local(source, slot, *parts):
         out = function(make_route(source[0], slot[0], AXIS), *(part[0] for part in parts))
         return jax.tree.map(lambda x: x[None], out)
     spec = PartitionSpec(AXIS)
-    with jax.set_mesh(mesh):
-        return jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))(
-            jnp.asarray(t.source_NS), jnp.asarray(t.slot_NRK), *arrays)
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    return lambda *arrays: run(jnp.asarray(t.source_NS), jnp.asarray(t.slot_NRK), *arrays)
 
-
-__all__ = ["AXIS", "Route", "Traffic", "cases", "combined", "dispatched", "mesh", "on_ranks", "payload", "traffic"]

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.all_to_all_combine import all_to_all_combine
 from pallas_kernels.all_to_all_dispatch import all_to_all_dispatch
 from pallas_kernels.quantise import quantise
-from tests.pallas_kernels.all_to_all_cases import AXIS, cases, combined, dispatched, mesh, on_ranks, payload
+from tests.pallas_kernels.all_to_all_cases import AXIS, cases, combined, dispatched, mesh, on_ranks, payload, program
 
 ROWS, COPIES, PLACES, WIDTH = 6, 3, 8, 160
 CASES = cases(8, ROWS, COPIES, PLACES)
@@ -90,9 +90,10 @@ def test_twenty_repeats_are_the_same():
 
     def there_and_back(route, rows):
         return all_to_all_combine(plain(route, rows * 0.1), route, AXIS)
-    first = on_ranks(mesh(8, 1), there_and_back, t, rows)
+    run = program(mesh(8, 1), there_and_back, t)
+    first = run(rows)
     for _ in range(20):
-        np.testing.assert_array_equal(on_ranks(mesh(8, 1), there_and_back, t, rows), first)
+        np.testing.assert_array_equal(run(rows), first)
 
 
 @pytest.mark.parametrize(("call", "match"), [
