@@ -13,6 +13,8 @@ Who may write when, for every kernel here:
 - The receiver's semaphore n counts the bytes that have come from rank n. A receiver knows how many will come
   (`Route.received_N`), and waits for them all: capacity cannot be exceeded, since each sender has its own places.
 - The sender's semaphore counts the bytes that have left; only then is their source used again, or given back.
+
+Interpretation proves the last two and not the first two: all ranks' arrays exist there before any rank begins.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Peers' slots, `pallas_kernels.nvlink` protects.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -46,54 +47,52 @@ def combine(slots_SD: jax.Array, route: Route, weights_RK: jax.Array | None, axi
             dtype: jnp.dtype) -> jax.Array:
     """See `api.all_to_all_combine`."""
     (rows, copies), width = route.slot_RK.shape, slots_SD.shape[1]
-    places, ring = slots_SD.shape[0] // ranks_of(axis), nvlink.slots_of_ring(width * slots_SD.dtype.itemsize)
+    ring = nvlink.slots_of_ring(width * slots_SD.dtype.itemsize)
+    weights = [] if weights_RK is None else [weights_RK.reshape(-1)]
+    run = nvlink.kernel(
+        "combine", functools.partial(_body, axis, copies, bool(weights)), jax.ShapeDtypeStruct((rows, width), dtype),
+        [plgpu.SMEM((ring, width), slots_SD.dtype), plgpu.Barrier(num_arrivals=1, num_barriers=ring),
+         *nvlink.semaphores(axis)])
+    return run(route.slot_RK.reshape(-1), *weights, slots_SD)
+
+
+def _body(axis: Axes, copies: int, weighted: bool, block: jax.Array, slot_F: Ref, *refs: Ref) -> None:
+    weights_F = refs[0] if weighted else None
+    slots, out, buffers, arrived, *finished = refs[weighted:]
+    (rows, width), ring, places = out.shape, buffers.shape[0], slots.shape[0] // ranks_of(axis)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=4)
-    operands = [route.slot_RK.reshape(-1)] + ([] if weights_RK is None else [weights_RK.reshape(-1)])
+    mine, chunk = div(rows - block + (nvlink.BLOCKS - 1), nvlink.BLOCKS), rank_on(axis) * places
 
-    def body(block: jax.Array, slot_F: Ref, *refs: Ref) -> None:
-        weights_F = refs[0] if weights_RK is not None else None
-        slots, out, buffers, arrived, *finished = refs[weights_RK is not None:]
-        mine = div(rows - block + (nvlink.BLOCKS - 1), nvlink.BLOCKS)
-        chunk = rank_on(axis) * places
+    def slot_of(turn: Any) -> tuple[jax.Array, jax.Array]:
+        """The copy of this turn, and the slot that carries it."""
+        copy = (block + div(turn, copies) * nvlink.BLOCKS) * copies + rem(turn, copies)
+        return copy, slot_F[copy]
 
-        def slot_of(turn: Any) -> tuple[jax.Array, jax.Array]:
-            """The copy of this turn, and the slot that carries it."""
-            copy = (block + div(turn, copies) * nvlink.BLOCKS) * copies + rem(turn, copies)
-            return copy, slot_F[copy]
+    def fetch(turn: Any) -> None:
+        slot, at = slot_of(turn)[1], rem(turn, ring)
 
-        def fetch(turn: Any) -> None:
-            slot = slot_of(turn)[1]
+        @pl.when(slot >= 0)
+        def _():
+            source = nvlink.on_peer(slots.at[chunk + rem(slot, places)], axis, div(slot, places))
+            nvlink.fetch(source, buffers.at[at], arrived.at[at])
+    jax.lax.fori_loop(0, jnp.minimum(mine * copies, ring), lambda turn, _: fetch(turn), None)
 
-            @pl.when(slot >= 0)
-            def _():
-                source = nvlink.on_peer(slots.at[chunk + rem(slot, places)], axis, div(slot, places))
-                at = rem(turn, ring)
-                nvlink.fetch(source, buffers.at[at], arrived.at[at])
-        jax.lax.fori_loop(0, jnp.minimum(mine * copies, ring), lambda turn, _: fetch(turn), None)
+    @pl.loop(0, mine)
+    def _(i):
+        total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+        for k in range(copies):
+            turn = i * copies + k
+            copy, slot = slot_of(turn)
 
-        @pl.loop(0, mine)
-        def _(i):
-            total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-            for k in range(copies):
-                turn = i * copies + k
-                copy, slot = slot_of(turn)
-                at = rem(turn, ring)
+            def add(total: jax.Array, at=rem(turn, ring), copy=copy) -> jax.Array:
+                plgpu.barrier_wait(arrived.at[at])
+                row = plgpu.load(buffers.at[at], layout=layout).astype(jnp.float32)
+                return total + (row if weights_F is None else row * weights_F[copy])
+            total = jax.lax.cond(slot >= 0, add, lambda total: total, total)
+            plgpu.commit_smem()  # all threads have read the slot
 
-                def add(total: jax.Array, at=at, copy=copy) -> jax.Array:
-                    plgpu.barrier_wait(arrived.at[at])
-                    row = plgpu.load(buffers.at[at], layout=layout).astype(jnp.float32)
-                    return total + (row if weights_F is None else row * weights_F[copy])
-                total = jax.lax.cond(slot >= 0, add, lambda total: total, total)
-                plgpu.commit_smem()  # all threads have read the slot
-
-                @pl.when(turn + ring < mine * copies)
-                def _(turn=turn):
-                    fetch(turn + ring)
-            out[block + i * nvlink.BLOCKS] = total.astype(dtype)
-        nvlink.finish(axis, block, finished)
-    run = nvlink.kernel("combine", body, jax.ShapeDtypeStruct((rows, width), dtype), [
-        plgpu.SMEM((ring, width), slots_SD.dtype), plgpu.Barrier(num_arrivals=1, num_barriers=ring),
-        *nvlink.semaphores(axis)])
-    return run(*operands, slots_SD)
-
-
+            @pl.when(turn + ring < mine * copies)
+            def _(turn=turn):
+                fetch(turn + ring)
+        out[block + i * nvlink.BLOCKS] = total.astype(out.dtype)
+    nvlink.finish(axis, block, finished)

@@ -52,7 +52,7 @@ def misfit(problem: Problem) -> str:
 
 
 class _Send(NamedTuple):
-    """The kernel's plan; see the fields of the same names in `_Kernel`."""
+    """The order of sending."""
 
     slot_S: jax.Array
     """int32 [S]: the slot of the i-th row to send."""
@@ -180,11 +180,11 @@ def _cast_kernel(axis: Axes, places: int, parts: tuple[jax.Array, ...], kinds: l
                 row = row_S[jnp.minimum(first_of(turn) + g, total - 1)]
                 plgpu.copy_gmem_to_smem(sources[0].at[row], squares.at[at, pl.ds(g * tiles, tiles)], arrived.at[at])
         jax.lax.fori_loop(0, jnp.minimum(turns, 2), lambda turn, _: fetch(turn), None)
-        # Written once in this layout: so the compiler lets rows lie as they are sent, rather than swizzled. A copy of
-        # swizzled rows needs a descriptor for each peer, and there are no more than 8.
+        # Written once in this layout, so that the compiler lets rows lie as they are sent, not swizzled: copies of
+        # swizzled rows need a descriptor for each peer, and there are no more than 8.
+        flat = plgpu.Layout.WG_STRIDED((SQUARE, LANES), vec_size=16)
         for i in range(2):
-            values[i] = plgpu.layout_cast(jnp.zeros((SQUARE, LANES), FP8),
-                                          plgpu.Layout.WG_STRIDED((SQUARE, LANES), vec_size=16))
+            values[i] = plgpu.layout_cast(jnp.zeros((SQUARE, LANES), FP8), flat)
         plgpu.commit_smem()
 
         @pl.loop(0, turns)
