@@ -15,6 +15,8 @@ from dsv3_jax.presets import RUNS
 from experiments.logfmt import error_of, routed_outputs
 from tests.experiments.test_scripts import SMALL, _run
 
+pytestmark = pytest.mark.slow
+
 
 def test_outputs_are_those_of_the_model():
     """The layers walked one by one end where the model does, and a token's experts are not one expert."""

@@ -20,6 +20,8 @@ from pallas_kernels.all_to_all_dispatch import all_to_all_dispatch, dispatch_sta
 from tests.pallas_kernels.all_to_all_cases import AXIS, mesh
 from tests.pallas_kernels.compiling import run_compilations
 
+pytestmark = pytest.mark.slow
+
 ROWS, COPIES, PLACES, WIDTH = 2048, 4, 640, 7168
 KERNELS = {"mosaic_gpu": "@mosaic_gpu", "tpu": "@tpu_custom_call"}
 
@@ -86,8 +88,8 @@ def test_a_platform_gets_its_backend_and_no_other(platform, width, expected):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
 @pytest.mark.parametrize(("pod", "config"), [
-    pytest.param("v5p:2x2x2", MeshConfig(scale_up=8), marks=pytest.mark.slow),
-    pytest.param("v6e:2x4", MeshConfig(scale_up=4, context=2), marks=pytest.mark.slow),
+    ("v5p:2x2x2", MeshConfig(scale_up=8)),
+    ("v6e:2x4", MeshConfig(scale_up=4, context=2)),
     ("v5p:2x2x1,slices=2", MeshConfig(scale_out=2, scale_up=2, context=2))])
 def test_compiles_for_tpus(pod, config):
     """Dispatch three times and once backward, combine once and once backward, each with its sum; XLA exchanges nothing

@@ -16,6 +16,8 @@ from dsv3_jax.mesh import on_each_device
 from pallas_kernels.logfmt import decode, encode
 from tests.pallas_kernels.compiling import nvidia, print_compiled, run_compilations, shaped
 
+pytestmark = pytest.mark.slow
+
 KERNELS = {"mosaic_gpu": "@mosaic_gpu", "tpu": "@tpu_custom_call"}
 
 
