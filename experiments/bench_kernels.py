@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ from dsv3_jax.codesign.hardware import HARDWARE
 from dsv3_jax.codesign.kernels import compile_kernel
 from dsv3_jax.config import ConfigError, MeshConfig
 from dsv3_jax.training import runtime
-from experiments.command_line import finish, provenance, standard_output_for_json
+from experiments.command_line import finish, provenance, standard_output_for_json, write_report
 from pallas_kernels import hopper, tuning
 from pallas_kernels.benchmark.cases import OPERATIONS, Case, OperationName, published_cases, small_cases
 from pallas_kernels.benchmark.checking import check, check_oracle
@@ -442,10 +441,7 @@ def main() -> None:
     with standard_output_for_json(arguments.json) as write_json:
         runtime.start(MeshConfig(data=1))
         result = run(arguments)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
+        write_report(arguments.out, result, as_markdown(result))
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

@@ -88,6 +88,32 @@ def finish(main: Callable[[], Any]) -> None:
         sys.exit(3)
 
 
+def write_report(out: Path | None, result: Any, markdown: str, draw: Callable[[], Any] | None = None) -> None:
+    """OUT.json and OUT.md, and OUT.png of what `draw` draws; nothing without `out`."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    out.with_suffix(".md").write_text(markdown)
+    if draw is not None:
+        draw().savefig(out.with_suffix(".png"), dpi=110)
+
+
+def import_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+      ImportError: it is not installed; names the extra.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 def print_json(value: Any) -> None:
     """One JSON value on standard output."""
     print(json.dumps(value, indent=2))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import time
@@ -37,7 +36,7 @@ from dsv3_jax.nn.model import split_model
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
-from experiments.command_line import finish, provenance, standard_output_for_json
+from experiments.command_line import finish, provenance, standard_output_for_json, write_report
 
 # All parts of V3 in 114 million parameters, of which a token uses 26.
 SMALL_100M = ModelConfig(
@@ -263,10 +262,7 @@ def main() -> None:
     with standard_output_for_json(arguments.json) as write_json:
         runtime.start(MeshConfig(data=1))
         result = {"about": _about(arguments, config), **measure(config, arguments)}
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
+        write_report(arguments.out, result, as_markdown(result))
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

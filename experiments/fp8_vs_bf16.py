@@ -33,7 +33,7 @@ from dsv3_jax.training import runtime
 from dsv3_jax.training.evaluate import Evaluator
 from dsv3_jax.training.loop import train
 from dsv3_jax.training.tokens import prepare
-from experiments.command_line import finish, provenance, say_line, standard_output_for_json
+from experiments.command_line import finish, import_pyplot, provenance, say_line, standard_output_for_json, write_report
 
 BASELINE: Precision = "bf16"
 DECAY = 0.9
@@ -137,12 +137,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def draw(curves: dict[tuple[Precision, int], np.ndarray], precisions: Iterable[Precision]) -> Any:
     """The figure: signed relative difference to bf16 over the run, a colour for each precision."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
     colours = {precision: f"C{index}" for index, precision in enumerate(precisions)}
     for (precision, seed), losses in curves.items():
@@ -170,11 +165,7 @@ def main() -> None:
         steps = len(next(iter(curves.values())))
         result = {"about": {**provenance(), "preset": arguments.preset, "steps": steps}, "rows": rows,
                   "same_weights": [row for seed in arguments.seeds for row in held_out(arguments, seed)]}
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
-            draw(curves, arguments.precisions).savefig(arguments.out.with_suffix(".png"), dpi=110)
+        write_report(arguments.out, result, as_markdown(result), lambda: draw(curves, arguments.precisions))
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

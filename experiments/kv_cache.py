@@ -26,7 +26,7 @@ from dsv3_jax.inference.storage import EntryLayout
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training.evaluate_cached import CacheChoice, cached_quality
 from dsv3_jax.training.tokens import prepare
-from experiments.command_line import finish, provenance, standard_output_for_json
+from experiments.command_line import finish, import_pyplot, provenance, standard_output_for_json, write_report
 from experiments.inference_options import FolderOptions, load_for_inference
 
 V3 = MODELS["deepseek_v3"]
@@ -145,12 +145,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def draw(rows: list[dict[str, Any]]) -> Any:
     """The figure: bytes a token against bits per byte, a colour for each run and a mark for each choice."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     runs = list(dict.fromkeys((row["run"], row["attention"]) for row in rows))
     markers = dict(zip(dict.fromkeys(row["choice"] for row in rows), itertools.cycle("osD^v<>PX*dh"), strict=False))
@@ -174,12 +169,7 @@ def main() -> None:
         # Runs first: they set JAX up.
         runs = [row for folder in arguments.quality for row in quality(folder, arguments)]
         result = {"about": provenance(), "sizes": sizes(), "quality": runs}
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
-            if runs:
-                draw(runs).savefig(arguments.out.with_suffix(".png"), dpi=110)
+        write_report(arguments.out, result, as_markdown(result), (lambda: draw(runs)) if runs else None)
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

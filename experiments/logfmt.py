@@ -42,7 +42,7 @@ from dsv3_jax.precision.logfmt import LogFMT
 from dsv3_jax.precision.quantised import ROW, Quantised, QuantisedE5M6
 from dsv3_jax.training import runtime
 from dsv3_jax.training.tokens import prepare
-from experiments.command_line import finish, provenance, standard_output_for_json
+from experiments.command_line import finish, import_pyplot, provenance, standard_output_for_json, write_report
 from experiments.inference_options import FolderOptions, load_for_inference
 from pallas_kernels.logfmt.reference import Ends, step_of
 from pallas_kernels.quantise.reference import spread, tile_scales
@@ -331,12 +331,7 @@ def _table_of_costs(rows: list[dict[str, Any]]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]]) -> Any:
     """The figure: error against bits, and bias against bits with both roundings."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     markers = {"E4M3": "o", "E5M2": "s", "E5M6": "D", "BF16": "^"}
     for index, name in enumerate(dict.fromkeys(row["data"] for row in rows)):
@@ -374,11 +369,7 @@ def main() -> None:
     with standard_output_for_json(arguments.json) as write_json:
         rows = [row for data in datasets(arguments) for row in errors(data, arguments.bits)]
         result = {"about": provenance(), "errors": rows, "costs": costs(arguments) if arguments.cost_rows else []}
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
-            draw(rows).savefig(arguments.out.with_suffix(".png"), dpi=110)
+        write_report(arguments.out, result, as_markdown(result), lambda: draw(rows))
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

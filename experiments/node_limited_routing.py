@@ -37,7 +37,7 @@ from dsv3_jax.presets import MODELS
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
 from dsv3_jax.training.tokens import prepare
-from experiments.command_line import finish, provenance, standard_output_for_json
+from experiments.command_line import finish, import_pyplot, provenance, standard_output_for_json, write_report
 from experiments.inference_options import FolderOptions, Loaded, load_for_inference
 
 V3 = MODELS["deepseek_v3"]
@@ -179,12 +179,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any]) -> Any:
     """The figure: rows against the limit, and bits per byte of trained runs."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     runs = list(dict.fromkeys(row["run"] for row in result["trained"]))
     figure, axes = pyplot.subplots(1, 1 + bool(runs), figsize=(6 + 5 * bool(runs), 4.5), squeeze=False,
                                    layout="constrained")
@@ -214,11 +209,7 @@ def main() -> None:
         trained = [row for folder in arguments.run for row in trained_router(folder)]
         result = {"about": {**provenance(), "tokens": arguments.tokens},
                   "random": random_router(arguments.tokens, arguments.seed), "trained": trained}
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-            arguments.out.with_suffix(".md").write_text(as_markdown(result))
-            draw(result).savefig(arguments.out.with_suffix(".png"), dpi=110)
+        write_report(arguments.out, result, as_markdown(result), lambda: draw(result))
         write_json(result)
     if not arguments.json:
         print(as_markdown(result), end="")

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from dsv3_jax.config import ConfigError
-from experiments.command_line import finish, print_json
+from experiments.command_line import finish, import_pyplot, print_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], loads: list[dict[str, Any]],
          title: str) -> Any:
     """The figure. Each row of the heat map is one expert, layers stacked from top to bottom."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dsv3-jax[quickstart]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 8), layout="constrained")
     figure.suptitle(title)
     x = [record["step"] for record in steps]
