@@ -57,7 +57,9 @@ def test_precisions_whose_products_read_no_blocks_hold_none():
         assert not any(isinstance(variable.get_value(), Quantised) for _, variable in nnx.to_flat_state(held))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(scale_out=2, scale_up=4)], ids=["one", "eight"])
+@pytest.mark.parametrize("mesh", [
+    pytest.param(MeshConfig(data=1), id="one"),
+    pytest.param(MeshConfig(scale_out=2, scale_up=4), id="eight", marks=pytest.mark.slow)])
 def test_generated_tokens_are_the_likeliest(mesh, eight_devices):
     """By the training forward, within what rounding does to logits: decoding multiplies by the key and value
     projections in bf16 and training in float8, and sums have another order on eight devices. The largest gap seen is
