@@ -22,6 +22,8 @@ class ConfigError(ValueError):
 
 
 Transport = Literal["padded", "ragged"]
+Combine = Literal["plain", "float32", "logfmt4", "logfmt5", "logfmt6", "logfmt7", "logfmt8", "logfmt9", "logfmt10",
+                  "logfmt11", "logfmt12", "logfmt13", "logfmt14", "logfmt15", "logfmt16"]
 Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
 """The last three are what paper 2 warns of: one scale for a whole tensor; gradients in the blocks of weights, with
 which a 16B model diverged (appendix B.2); sums that never leave Hopper's tensor cores, simulated, so for studies."""
@@ -239,6 +241,9 @@ class MeshConfig:
     transport: Transport = "padded"
     """How rows travel: padded sends whole dispatch buffers, which runs everywhere; ragged only the rows in them (XLA's
     ragged all-to-all; not on CPU)."""
+    combine: Combine = "plain"
+    """What sums of experts' outputs travel home in, and gradients of what was dispatched: the compute type, float32, or
+    LogFMT with so many bits (paper 1, section 3.2). Without other devices nothing travels."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 
@@ -266,6 +271,8 @@ class Execution:
     """See `MeshConfig.capacity_factor`."""
     transport: Transport = "padded"
     """See `MeshConfig.transport`."""
+    combine: Combine = "plain"
+    """See `MeshConfig.combine`."""
 
     def __post_init__(self) -> None:
         _require_capacity("capacity_factor", self.capacity_factor)
@@ -466,7 +473,7 @@ class RunConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport)
+        return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport, self.mesh.combine)
 
     @property
     def horizon_steps(self) -> int:

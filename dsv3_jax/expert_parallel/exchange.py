@@ -13,11 +13,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import Transport
+from dsv3_jax.config import Combine, Transport
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
 from dsv3_jax.expert_parallel.plan import Axis, Hop, Moves, Plan
 from dsv3_jax.expert_parallel.transport import exchange
 from dsv3_jax.mesh import FAST_AXES
+from dsv3_jax.precision.logfmt import LogFMT
 from dsv3_jax.precision.quantised import ROW, Carried, Quantised
 
 Rows = jax.Array | Carried
@@ -31,8 +32,9 @@ class Wire(NamedTuple):
     """In the rows' own type, or quantised once at home."""
     gradients: Literal["plain", "float8"] = "plain"
     """The same of the gradients of outputs, which the backward of `combine` dispatches."""
-    combine: Literal["plain", "float32"] = "plain"
-    """In the outputs' own type, or all sums in float32. The gradients of dispatched rows too."""
+    combine: Combine = "plain"
+    """In the outputs' own type; or all sums in float32; or in LogFMT, whose rounding counts as the identity. The
+    gradients of dispatched rows too."""
     transport: Transport = "padded"
 
 
@@ -46,10 +48,18 @@ class RowBytes(NamedTuple):
 
 
 def row_bytes(width: int, itemsize: int, wire: Wire) -> RowBytes:
-    """Of `width` values of `itemsize` bytes where they travel plain; a float8 row has a float32 scale for 128 values.
-    The plan's own numbers and a padded transport's empty slots are not in it."""
+    """Of `width` values of `itemsize` bytes where they travel plain; for 128 values a float8 row has a float32 scale, a
+    LogFMT row two numbers of the plain type. The plan's own numbers and a padded transport's empty slots are not in it.
+    """
     ways = {"plain": itemsize * width, "float32": 4 * width, "float8": width + 4 * -(-width // 128)}
-    return RowBytes(ways[wire.dispatch], ways[wire.combine], ways[wire.gradients], ways[wire.combine])
+    bits = logfmt_bits(wire.combine)
+    home = ways[wire.combine] if bits is None else -(-width // 128) * (16 * bits + 2 * itemsize)
+    return RowBytes(ways[wire.dispatch], home, ways[wire.gradients], home)
+
+
+def logfmt_bits(combine: Combine) -> int | None:
+    """Of a number on the way home; None in other formats."""
+    return int(combine.removeprefix("logfmt")) if combine.startswith("logfmt") else None
 
 
 @jax.named_scope("dispatch")
@@ -135,6 +145,14 @@ def _home(rows_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:
     rows = sum_from_slots(rows_PD, moves.to_experts, on_wire if levels else wide)
     for level, (axis, hop) in enumerate(levels, 1):
         back = Hop(hop.copies, hop.received_N, hop.sent_N)
-        rows = sum_from_slots(exchange(rows, back, axis, wire.transport), hop.copies,
+        rows = sum_from_slots(_exchange_sums(rows, back, axis, wire), hop.copies,
                               on_wire if level < len(levels) else wide)
     return rows
+
+
+def _exchange_sums(slots_SD: jax.Array, hop: Hop, axis: Axis, wire: Wire) -> jax.Array:
+    bits = logfmt_bits(wire.combine)
+    if bits is None:
+        return exchange(slots_SD, hop, axis, wire.transport)
+    sent = LogFMT.of(slots_SD, bits)
+    return jax.tree.map(lambda x: exchange(x, hop, axis, wire.transport), sent).dequantise(slots_SD.dtype)

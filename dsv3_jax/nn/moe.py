@@ -101,7 +101,7 @@ def _one_round(experts_TK: jax.Array, hidden_TD: jax.Array, weights_TK: jax.Arra
 
 def wire_of(recipe: PrecisionRecipe, execution: Execution) -> Wire:
     """How rows travel to experts and back."""
-    return Wire(recipe.dispatch, recipe.dispatch_gradients, recipe.combine, execution.transport)
+    return Wire(recipe.dispatch, recipe.dispatch_gradients, execution.combine, execution.transport)
 
 
 def expert_tile(rows_per_expert: float) -> int:

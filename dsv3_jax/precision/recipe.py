@@ -71,8 +71,6 @@ class PrecisionRecipe:
     """Tokens on their way to experts: in the compute dtype, or as `up` reads them."""
     dispatch_gradients: Sent = "plain"
     """Gradients of the experts' outputs on the same way: in the compute dtype, or as `down` reads them."""
-    combine: Literal["plain", "float32"] = "plain"
-    """Sums of experts' outputs on their way home, and of gradients of what was dispatched."""
 
 
 _LINEAR = LinearRecipe()

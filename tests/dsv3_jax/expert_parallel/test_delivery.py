@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.expert_parallel.exchange import Wire, combine, dispatch
+from dsv3_jax.expert_parallel.exchange import Wire, combine, dispatch, row_bytes
 from dsv3_jax.expert_parallel.plan import make_plan, traffic
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
@@ -164,6 +164,28 @@ def test_sums_come_home_bit_for_bit_each_time(sizes, wire):
         return rounded(hidden[token].astype(np.float32) * gain[expert], BF16)
     want = summed_by_level(chosen, output, topology, BF16 if wire == "plain" else np.float32)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [6, 10])
+def test_sums_travel_home_in_logfmt(bits):
+    """Each sum is rounded on both wires, by half a step at most: max/min of 2^32 in 2^(bits-1) - 2 steps, so values are
+    the plain ones within that much of the sums' magnitudes. The wire carries codes and ends; their bytes are told."""
+    topology, chosen = Topology(64, 2, 4), choices("masked", 64, 8)
+    hidden, wire = payload(len(chosen)), Wire(combine=f"logfmt{bits}")
+
+    def there_and_back(hidden, experts):
+        plan = make_plan(experts, jnp.ones(experts.shape, jnp.float32), topology, quota(8))
+        rows = dispatch(hidden, plan)
+        out, pull = jax.vjp(lambda rows: combine(rows, plan, wire), rows)
+        return out, combine(rows, plan, Wire()), pull(out)[0].astype(jnp.float32) - dispatch(
+            out.astype(rows.dtype), plan).astype(jnp.float32)
+    got, plain, difference = run_on(topology, there_and_back, hidden, chosen)
+    half_a_step = (2.0 ** (32 / (2 ** (bits - 1) - 2)) - 1) / 2
+    magnitude = np.abs(hidden.astype(np.float32)) * (chosen >= 0).sum(axis=1, keepdims=True)
+    assert np.all(np.abs(got - plain) <= 2.5 * half_a_step * magnitude + 1e-6)
+    assert 0.01 * half_a_step < np.mean(np.abs(got - plain)) / np.mean(magnitude) < half_a_step
+    assert not np.any(difference)  # gradients pass the rounding, and travel as other gradients do
+    assert row_bytes(7168, 2, wire).combine == 56 * (16 * bits + 4)
 
 
 def test_gradients_of_outputs_travel_in_float8():
