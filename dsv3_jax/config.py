@@ -21,7 +21,7 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, its value and the remedy."""
 
 
-Transport = Literal["padded", "ragged"]
+Transport = Literal["padded", "ragged", "pallas"]
 Combine = Literal["plain", "float32", "logfmt4", "logfmt5", "logfmt6", "logfmt7", "logfmt8", "logfmt9", "logfmt10",
                   "logfmt11", "logfmt12", "logfmt13", "logfmt14", "logfmt15", "logfmt16"]
 Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
@@ -240,7 +240,8 @@ class MeshConfig:
     at the price of time: nothing is dropped. Has no effect without expert parallelism."""
     transport: Transport = "padded"
     """How rows travel: padded sends whole dispatch buffers, which runs everywhere; ragged only the rows in them (XLA's
-    ragged all-to-all; not on CPU)."""
+    ragged all-to-all; not on CPU); pallas too, inside a node, with kernels that gather and add, and padded between
+    nodes."""
     combine: Combine = "plain"
     """What sums of experts' outputs travel home in, and gradients of what was dispatched: the compute type, float32, or
     LogFMT with so many bits (paper 1, section 3.2). Without other devices nothing travels."""

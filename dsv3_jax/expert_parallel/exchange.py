@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from dsv3_jax.config import Combine, Transport
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
 from dsv3_jax.expert_parallel.plan import Axis, Hop, Moves, Plan
-from dsv3_jax.expert_parallel.transport import exchange
+from dsv3_jax.expert_parallel.transport import return_sums, send_copies
 from dsv3_jax.mesh import FAST_AXES
-from dsv3_jax.precision.logfmt import LogFMT
 from dsv3_jax.precision.quantised import ROW, Carried, Quantised
 
 Rows = jax.Array | Carried
@@ -130,11 +129,9 @@ def _hops(moves: Moves) -> list[tuple[Axis, Hop]]:
 
 def _out[Sent: (jax.Array, Quantised)](rows: Sent, moves: Moves, wire: Wire) -> Sent:
     """From home to the experts: [T, ...] -> [P, ...] of every array in `rows`."""
-    def out(x: jax.Array) -> jax.Array:
-        for axis, hop in _hops(moves):
-            x = exchange(copy_to_slots(x, hop.copies), hop, axis, wire.transport)
-        return copy_to_slots(x, moves.to_experts)
-    return jax.tree.map(out, rows)
+    for axis, hop in _hops(moves):
+        rows = send_copies(rows, hop, axis, wire.transport)
+    return jax.tree.map(lambda x: copy_to_slots(x, moves.to_experts), rows)
 
 
 def _home(rows_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:
@@ -144,15 +141,6 @@ def _home(rows_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:
     levels = _hops(moves)[::-1]
     rows = sum_from_slots(rows_PD, moves.to_experts, on_wire if levels else wide)
     for level, (axis, hop) in enumerate(levels, 1):
-        back = Hop(hop.copies, hop.received_N, hop.sent_N)
-        rows = sum_from_slots(_exchange_sums(rows, back, axis, wire), hop.copies,
-                              on_wire if level < len(levels) else wide)
+        rows = return_sums(rows, hop, axis, on_wire if level < len(levels) else wide, wire.transport,
+                           logfmt_bits(wire.combine))
     return rows
-
-
-def _exchange_sums(slots_SD: jax.Array, hop: Hop, axis: Axis, wire: Wire) -> jax.Array:
-    bits = logfmt_bits(wire.combine)
-    if bits is None:
-        return exchange(slots_SD, hop, axis, wire.transport)
-    sent = LogFMT.of(slots_SD, bits)
-    return jax.tree.map(lambda x: exchange(x, hop, axis, wire.transport), sent).dequantise(slots_SD.dtype)

@@ -65,7 +65,8 @@ def arguments(devices: int):
 
 @pytest.mark.parametrize("sent", ["plain", "float8"])
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)], ids=str)
-def test_ragged_is_padded_without_the_padding(sizes, sent, monkeypatch):
+def test_transports_agree(sizes, sent, monkeypatch):
+    """Bit for bit. (The Pallas kernels themselves are compared with their reference where they are tested.)"""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     topology, spread = Topology(EXPERTS, *sizes), P(EXPERT_AXES)
     mesh = make_mesh(MeshConfig(scale_out=sizes[0], scale_up=sizes[1]))
@@ -74,7 +75,9 @@ def test_ragged_is_padded_without_the_padding(sizes, sent, monkeypatch):
         run = there_and_back(topology, Wire(sent, sent, transport=transport))
         return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spread,) * 3, out_specs=spread,
                                      check_vma=False))(*arguments(8))
-    jax.tree.map(np.testing.assert_array_equal, result("ragged"), result("padded"))
+    padded = result("padded")
+    jax.tree.map(np.testing.assert_array_equal, result("ragged"), padded)
+    jax.tree.map(np.testing.assert_array_equal, result("pallas"), padded)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -92,3 +95,22 @@ def test_ragged_compiles(pod):
     assert "ragged-all-to-all" in text
     exchanged = [line for line in text.splitlines() if " all-to-all" in line]
     assert not any(f",{WIDTH}]" in line.split(" all-to-all")[0] for line in exchanged)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
+                    reason="needs the extra `aot`")
+@pytest.mark.parametrize(("pod", "kernel"), [("h100:2x8", "mosaic_gpu"), ("v5p:2x2x2,slices=2", "tpu_custom_call")])
+def test_kernels_carry_rows_inside_nodes(pod, kernel):
+    """Out, its gradient's way home, home, and its gradient's way out; between nodes it is XLA's exchange."""
+    mesh = pod_mesh(parse_pod(pod), MeshConfig(scale_out=2, scale_up=8))
+    at, width = NamedSharding(mesh, P(EXPERT_AXES)), 1024
+    hidden, experts, weights = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x in arguments(16))
+    shapes = [jax.ShapeDtypeStruct((hidden.shape[0], width), hidden.dtype, sharding=at), experts, weights]
+    run = there_and_back(Topology(EXPERTS, 2, 8), Wire(transport="pallas"))
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.shard_map(run, in_specs=(P(EXPERT_AXES),) * 3, out_specs=P(EXPERT_AXES),
+                                     check_vma=False)).lower(*shapes).compile().as_text()
+    assert len([line for line in text.splitlines() if f'custom_call_target="{kernel}' in line]) >= 4
+    # 2 x 16 slots between nodes, 8 x 32 inside.
+    exchanged = [line for line in text.splitlines() if " all-to-all" in line]
+    assert not any(f"[256,{width}]" in line for line in exchanged)
