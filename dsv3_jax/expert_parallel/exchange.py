@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Combine, Transport
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
-from dsv3_jax.expert_parallel.plan import Axis, Hop, Moves, Plan
+from dsv3_jax.expert_parallel.plan import Hop, Moves, Plan
 from dsv3_jax.expert_parallel.transport import return_sums, send_copies
 from dsv3_jax.mesh import FAST_AXES
 from dsv3_jax.precision.quantised import ROW, Carried, Quantised
+from pallas_kernels.peers import Axis
 
 Rows = jax.Array | Carried
 """[P, D] in the model's type, or in float8 and with a place for their gradient."""

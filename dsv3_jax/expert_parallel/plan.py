@@ -28,9 +28,7 @@ from dsv3_jax.expert_parallel.permutation import (
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import FAST_AXES
-
-Axis = str | tuple[str, ...]
-"""A mesh axis, or several in order that count as one, the last fastest."""
+from pallas_kernels.peers import Axis, swap
 
 
 class Hop(NamedTuple):
@@ -147,11 +145,6 @@ def _first_of_its_kind(*kinds_TK: jax.Array) -> jax.Array:
     """bool [T, K]: whether no earlier choice of the token is alike in all `kinds`."""
     same_TKK = functools.reduce(jnp.logical_and, (kind[:, :, None] == kind[:, None, :] for kind in kinds_TK))
     return ~jnp.any(jnp.tril(same_TKK, -1), axis=2)
-
-
-def swap(x: jax.Array, axis: Axis) -> jax.Array:
-    """Sends the n-th chunk of rows to the n-th rank of `axis`; its own inverse and its own transpose."""
-    return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _hop(owner_RK: jax.Array, owners: int, rows_each: int, axis: Axis) -> Hop:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Transport
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
-from dsv3_jax.expert_parallel.plan import Axis, Hop, swap
+from dsv3_jax.expert_parallel.plan import Hop
 from dsv3_jax.mesh import FAST_AXES
 from dsv3_jax.precision.logfmt import LogFMT
 from dsv3_jax.precision.quantised import ROW, Quantised
 from pallas_kernels.all_to_all_combine import all_to_all_combine
 from pallas_kernels.all_to_all_dispatch import all_to_all_dispatch
-from pallas_kernels.peers import Route
+from pallas_kernels.peers import Axis, Route, swap
 
 
 def send_copies[Sent: (jax.Array, Quantised)](rows: Sent, hop: Hop, axis: Axis, transport: Transport) -> Sent:
