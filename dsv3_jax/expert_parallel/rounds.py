@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.expert_parallel.topology import Topology
+from dsv3_jax.mesh import FAST_AXES
 
 OneRound = Callable[..., tuple[jax.Array, jax.Array]]
 """(experts_TK, *arrays) -> (float32 [T, D], what the choices in experts_TK contribute; float32 scalar, choices that
@@ -27,12 +28,13 @@ reached their experts on this device). -1 is no choice."""
 
 
 class Quota(NamedTuple):
-    """What one device may send in one round."""
+    """What one device may send in one round, which sets the size of all buffers."""
 
     node_rows: int
     """Tokens to one node."""
     device_choices: int
-    """(Token, expert) choices to one device."""
+    """(Token, expert) choices to one device. Buffers that rows of several senders meet in have room for the sum, so
+    what is to travel in one round altogether need not keep to it sender by sender."""
 
     def is_never_exceeded(self, topology: Topology, tokens: int, top_k: int) -> bool:
         """Whether one round takes any routing at all."""
@@ -65,9 +67,10 @@ class Rounds(NamedTuple):
 
 @jax.named_scope("rounds")
 def assign_rounds(experts_TK: jax.Array, topology: Topology, quota: Quota) -> Rounds:
-    """Spreads this device's choices over rounds so that none exceeds `quota`, in token order.
+    """Spreads this device's choices over rounds so that all buffers hold them, in token order.
 
-    A token's visit to a node is in that node's wave v if v * node_rows earlier tokens visit it. The choices of one wave
+    If they hold the choices of all devices together, there is one round. Else no device exceeds `quota` in any: a
+    token's visit to a node is in that node's wave v if v * node_rows earlier tokens visit it. The choices of one wave
     that go to one device are cut into parts of device_choices. A round is one part of one wave, for all nodes and
     devices; a wave has as many parts as the fullest device of any sender needs.
     """
@@ -91,9 +94,29 @@ def assign_rounds(experts_TK: jax.Array, topology: Topology, quota: Quota) -> Ro
     at_TK = jnp.minimum(device_TK, devices - 1)
     rank_TK = jnp.take_along_axis(before_TM, at_TK, axis=1) + before_TK
     wave_TK = jnp.take_along_axis(wave_TM, at_TK, axis=1)
-    round_TK = _before(parts_W)[wave_TK] + rank_TK // quota.device_choices
-    return Rounds(checkpoint_name(jnp.where(device_TK < devices, round_TK, -1), "plan"),
-                  checkpoint_name(jnp.maximum(jnp.sum(parts_W), 1), "plan"))
+    in_turn_TK = _before(parts_W)[wave_TK] + rank_TK // quota.device_choices
+    at_once = _fit_in_one_round(chosen_TM, visits_TN, topology, quota)
+    round_TK = jnp.where(device_TK < devices, jnp.where(at_once, 0, in_turn_TK), -1)
+    return Rounds(checkpoint_name(round_TK, "plan"),
+                  checkpoint_name(jnp.where(at_once, 1, jnp.maximum(jnp.sum(parts_W), 1)), "plan"))
+
+
+def _fit_in_one_round(chosen_TM: jax.Array, visits_TN: jax.Array, topology: Topology, quota: Quota) -> jax.Array:
+    """Whether the buffers that `make_plan` would make hold the choices of all devices together; the same for all.
+
+    Of a few thousand choices some sender has more for some device than the mean by chance, while the sums over senders
+    hardly vary. Those are what the buffers must hold after the first hop.
+    """
+    choices_M = jnp.sum(chosen_TM, axis=0)
+    rows_M = jnp.sum(chosen_TM > 0, axis=0, dtype=jnp.int32)
+    crowded = jnp.any(jnp.sum(visits_TN, axis=0) > quota.node_rows).astype(jnp.int32)
+    own_up = jax.lax.axis_index(FAST_AXES) if topology.scale_up > 1 else 0
+    # Rows for a device pass through the device of its node that has their home's place there.
+    through_UM = jnp.where(jnp.arange(topology.scale_up)[:, None] == own_up, rows_M, 0)
+    if topology.axes:
+        choices_M, through_UM, crowded = jax.lax.psum((choices_M, through_UM, crowded), topology.axes)
+    return ((crowded == 0) & jnp.all(choices_M <= topology.devices * quota.device_choices)
+            & jnp.all(through_UM <= topology.scale_out * quota.device_choices))
 
 
 def _before(count_TN: jax.Array) -> jax.Array:
