@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from dsv3_jax.codesign.traffic import random_choices, rows_a_token
 from dsv3_jax.config import ConfigError, MeshConfig, RunConfig, run_from_dict
 from dsv3_jax.expert_parallel.exchange import Wire, row_bytes
 from dsv3_jax.expert_parallel.plan import Traffic
@@ -32,7 +33,6 @@ from dsv3_jax.mesh import batch_sharding
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure
 from dsv3_jax.nn.moe import RouterStats
-from dsv3_jax.nn.router import choose_experts
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training.batches import validation_windows
 from dsv3_jax.training.loss import negative_log_likelihood
@@ -63,41 +63,17 @@ class Arguments:
 
 def random_router(tokens: int, seed: int) -> list[dict[str, float]]:
     """V3's router with affinities drawn independently, under each limit."""
-    scores_TE = jax.nn.sigmoid(jax.random.normal(jax.random.key(seed), (tokens, V3.n_routed_experts)))
     bytes_ = row_bytes(V3.hidden_size, 2, Wire(dispatch="float8"))
     rows = []
     for limit in range(1, V3.n_group + 1):
-        config = dataclasses.replace(V3, topk_group=limit)
-        experts_TK = np.asarray(choose_experts(config, scores_TE, jnp.zeros((V3.n_routed_experts,))).experts_K)
+        experts_TK = random_choices(dataclasses.replace(V3, topk_group=limit), tokens, seed)
         counted = rows_a_token(experts_TK, TOPOLOGY)
         there_and_back = bytes_.dispatch + bytes_.combine
-        rows.append({"limit": limit, **counted, "slow_bytes": counted["slow_rows"] * there_and_back,
-                     "fast_bytes": counted["fast_rows"] * there_and_back,
+        rows.append({"limit": limit, **counted._asdict(), "slow_bytes": counted.slow_rows * there_and_back,
+                     "fast_bytes": counted.fast_rows * there_and_back,
                      "load_max_over_mean": load_max_over_mean(np.bincount(experts_TK.ravel(),
                                                                           minlength=V3.n_routed_experts))})
     return rows
-
-
-def rows_a_token(experts_TK: np.ndarray, topology: Topology) -> dict[str, float]:
-    """Means over tokens, which live on all devices alike.
-
-    nodes: that have an expert of it. slow_copies: choices on other nodes. slow_rows: other nodes. fast_rows: devices
-    beside the one where its copy enters the node.
-    """
-    tokens = len(experts_TK)
-    home_T = np.arange(tokens) % topology.devices
-    device_TK = experts_TK // topology.experts_per_device
-    node_TN = np.zeros((tokens, topology.scale_out), bool)
-    device_TM = np.zeros((tokens, topology.devices), bool)
-    np.put_along_axis(node_TN, device_TK // topology.scale_up, True, axis=1)
-    np.put_along_axis(device_TM, device_TK, True, axis=1)
-    own_node_T, own_up_T = home_T // topology.scale_up, home_T % topology.scale_up
-    other_node_TN = np.arange(topology.scale_out) != own_node_T[:, None]
-    other_up_TM = np.arange(topology.devices) % topology.scale_up != own_up_T[:, None]
-    return {"nodes": node_TN.sum() / tokens,
-            "slow_copies": (device_TK // topology.scale_up != own_node_T[:, None]).sum() / tokens,
-            "slow_rows": (node_TN & other_node_TN).sum() / tokens,
-            "fast_rows": (device_TM & other_up_TM).sum() / tokens}
 
 
 def load_max_over_mean(load_E: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Which devices a compiled program makes talk, over which network, how many bytes, and what computes meanwhile.
 
-Bytes are those that one device sends to others in one execution, hand-countable from shapes. A group that spans
+Bytes are those that one device sends to others in one execution, hand-countable from shapes; of a ragged all-to-all,
+those that it has room for. A group that spans
 several fast domains is split into the least it must send over the slow network, data forwarded inside a domain where
 that helps (gathers and reductions), and the rest.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv3_jax.codesign.hardware import all_to_all_hops
-from dsv3_jax.codesign.hlo import Computation, Instruction, Walk, operand_bytes
+from dsv3_jax.codesign.hlo import Computation, Instruction, Walk, operand_bytes, shape_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -161,7 +162,9 @@ def _varying_axes(groups: np.ndarray, layout: Layout) -> tuple[str, ...]:
 
 def _describe(kind: str, computation: Computation, line: Instruction, groups: np.ndarray, layout: Layout,
               times: float, between: float) -> Collective:
-    size = operand_bytes(computation, line)
+    # A ragged exchange has a buffer for the result and places in both among its operands: only the first is sent.
+    size = (shape_bytes(computation[line.operands[0]].shape) if kind == "ragged-all-to-all"
+            else operand_bytes(computation, line))
     axes = _varying_axes(groups, layout)
     if kind == "collective-permute":
         far = [layout.domains[a] != layout.domains[b] for a, b in groups]

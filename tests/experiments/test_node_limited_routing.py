@@ -1,28 +1,13 @@
-"""Rows of a token over both networks, as the experiment counts them."""
+"""What the limit saves, on random affinities."""
 
 from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 
-from dsv3_jax.expert_parallel.topology import Topology
 from experiments import node_limited_routing
-from experiments.node_limited_routing import random_router, rows_a_token
-
-
-def test_rows_of_one_token_by_hand():
-    """Experts 0..15 on 2 nodes of 4 devices, 2 each; the token lives on node 0's first device."""
-    told = rows_a_token(np.array([[0, 1, 6, 8, 9, 15]]), Topology(16, 2, 4))
-    # Node 0: devices 0 (at home) and 3. Node 1, entered at its device 0: devices 0 and 3.
-    assert told == {"nodes": 2, "slow_copies": 3, "slow_rows": 1, "fast_rows": 2}
-
-
-def test_every_home_is_counted():
-    experts = np.tile(np.array([[0, 15]]), (8, 1))
-    told = rows_a_token(experts, Topology(16, 2, 4))
-    assert told == {"nodes": 2, "slow_copies": 1, "slow_rows": 1, "fast_rows": 2 * 6 / 8}
+from experiments.node_limited_routing import random_router
 
 
 def test_a_limit_bounds_nodes_and_copies_a_node_save_rows():
