@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from dsv3_jax.config import Combine, Transport
 from dsv3_jax.expert_parallel.permutation import copy_to_slots, sum_from_slots
 from dsv3_jax.expert_parallel.plan import Hop, Moves, Plan
-from dsv3_jax.expert_parallel.transport import return_sums, send_copies
+from dsv3_jax.expert_parallel.transport import in_float8, return_sums, send_copies, send_copies_in_float8
 from dsv3_jax.mesh import FAST_AXES
-from dsv3_jax.precision.quantised import ROW, Carried, Quantised
+from dsv3_jax.precision.quantised import Carried, Quantised
 from pallas_kernels.peers import Axis
 
 Rows = jax.Array | Carried
@@ -88,8 +88,7 @@ def combine(outputs_PD: jax.Array, plan: Plan, wire: Wire = Wire()) -> jax.Array
 def _dispatch(hidden_TD: jax.Array, moves: Moves, wire: Wire) -> Rows:
     if wire.dispatch == "plain":
         return _out(hidden_TD, moves, wire)
-    sent = _out(Quantised.of(hidden_TD, ROW, power_of_two=True), moves, wire)
-    return Carried.of(sent, hidden_TD.dtype)
+    return Carried.of(_out_in_float8(hidden_TD, moves, wire), hidden_TD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -109,7 +108,7 @@ def _combine_backward(wire: Wire, saved: tuple[Moves, jax.Array], grads_TD: jax.
     if wire.gradients == "plain":
         return _out(grads_TD, moves, wire), None
     # Quantised again by the product that reads it, to the same codes: a power of two times a code is exact in bf16.
-    return _out(Quantised.of(grads_TD, ROW, power_of_two=True), moves, wire).dequantise(like.dtype), None
+    return _out_in_float8(grads_TD, moves, wire).dequantise(like.dtype), None
 
 
 def _empty(x: jax.Array) -> jax.Array:
@@ -128,11 +127,20 @@ def _hops(moves: Moves) -> list[tuple[Axis, Hop]]:
     return [(axis, hop) for axis, hop in hops if hop is not None]
 
 
-def _out[Sent: (jax.Array, Quantised)](rows: Sent, moves: Moves, wire: Wire) -> Sent:
-    """From home to the experts: [T, ...] -> [P, ...] of every array in `rows`."""
-    for axis, hop in _hops(moves):
+def _out[Sent: (jax.Array, Quantised)](rows: Sent, moves: Moves, wire: Wire, travelled: int = 0) -> Sent:
+    """From home, or from where so many hops have brought them, to the experts: [R, ...] -> [P, ...] of every array."""
+    for axis, hop in _hops(moves)[travelled:]:
         rows = send_copies(rows, hop, axis, wire.transport)
     return jax.tree.map(lambda x: copy_to_slots(x, moves.to_experts), rows)
+
+
+def _out_in_float8(rows_TD: jax.Array, moves: Moves, wire: Wire) -> Quantised:
+    """The same in float8, cast at home."""
+    hops = _hops(moves)
+    if not hops:
+        return _out(in_float8(rows_TD), moves, wire)
+    axis, hop = hops[0]
+    return _out(send_copies_in_float8(rows_TD, hop, axis, wire.transport), moves, wire, travelled=1)
 
 
 def _home(rows_PD: jax.Array, moves: Moves, wire: Wire) -> jax.Array:

@@ -29,6 +29,19 @@ def send_copies[Sent: (jax.Array, Quantised)](rows: Sent, hop: Hop, axis: Axis, 
     return jax.tree.map(lambda x: exchange(copy_to_slots(x, hop.copies), hop, axis, transport), rows)
 
 
+def send_copies_in_float8(rows_RD: jax.Array, hop: Hop, axis: Axis, transport: Transport) -> Quantised:
+    """`send_copies` of rows cast to E4M3 with scales that are powers of two, by the kernel that sends if one does."""
+    if _by_kernels(axis, transport):
+        values, scales = all_to_all_dispatch(rows_RD, _route(hop), axis, wire="float8")
+        return Quantised(values, scales, ROW)
+    return send_copies(in_float8(rows_RD), hop, axis, transport)
+
+
+def in_float8(rows_RD: jax.Array) -> Quantised:
+    """As rows travel (paper 2, section 3.3.3)."""
+    return Quantised.of(rows_RD, ROW, power_of_two=True)
+
+
 def return_sums(slots_SD: jax.Array, hop: Hop, axis: Axis, dtype: jnp.dtype, transport: Transport,
                 bits: int | None = None) -> jax.Array:
     """Slots that came by `hop` back to their ranks, and the float32 sum of each row's copies, rounded to `dtype`.

@@ -4,7 +4,8 @@ The order of sending is made before, by XLA, from a few integers: all used slots
 card beginning with itself, so that no two cards send to the same one at a time if loads are even. Blocks of 128 threads
 take the rows in turn. A row that is not cast is touched by no thread: it is copied into a ring in shared memory, and
 from there into the peer's result. A cast works on a square of 128 tiles of 128 columns, that is on 128 * 128 / D rows
-at once: a thread has a tile, as in the standalone cast, whose code it is.
+at once: a thread has a tile, as in the standalone cast, whose code it is. Rows that such squares do not take are cast
+by the standalone kernel before.
 
 Floor: NVLink carries the used slots' bytes (D a row in float8, and 4 for each tile), less this rank's own; HBM is read
 once for each, and written once for each slot, empty ones included, which are filled with zeros by their receiver. Bound
@@ -26,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper, nvlink
 from pallas_kernels.nvlink import LANES, Axes, Ref, div, rem
 from pallas_kernels.peers import Route, rank_on, ranks_of
+from pallas_kernels.quantise import quantise
 from pallas_kernels.quantise.gpu import cast_rows, load_rows
 
 if TYPE_CHECKING:
@@ -38,17 +40,19 @@ SQUARE = 128
 
 def misfit(problem: Problem) -> str:
     """What a kernel needs and the problem is not; empty if it is served."""
-    # Copies are of 16 bytes or a multiple, scales included, and a cast's begin at the eighth row of a square.
-    unit = 8 * LANES if problem.cast else 4 * LANES if problem.scales else LANES
+    # Copies are of 16 bytes or a multiple, scales included.
+    unit = 4 * LANES if problem.scales or problem.cast else LANES
     if problem.width % unit or not problem.slots * problem.rows:
         return f"a width divisible by {unit}, and some rows"
-    if problem.cast and problem.width > SQUARE * LANES:
-        return f"a width of {SQUARE * LANES} at most to cast"
-    if problem.cast and not hasattr(plgpu, "store"):
-        return "jax 0.12, to store rows as they are sent"
     if problem.dtype not in (jnp.bfloat16, jnp.float32, FP8):
         return "bfloat16, float32 or float8_e4m3fn"
     return ""
+
+
+def _casts(width: int) -> bool:
+    """Whether rows can be cast as they are sent: copies begin at the eighth row of a square, and jax 0.12 stores them
+    as they lie."""
+    return width % (8 * LANES) == 0 and width <= SQUARE * LANES and hasattr(plgpu, "store")
 
 
 class _Send(NamedTuple):
@@ -77,6 +81,8 @@ def _order(route: Route, axis: Axes) -> _Send:
 def dispatch(parts: tuple[jax.Array, ...], route: Route, axis: Axes, cast: bool) -> tuple[jax.Array, ...]:
     """See `api.all_to_all_dispatch`."""
     (rows, width), slots = parts[0].shape, route.source_S.shape[0]
+    if cast and not _casts(width):
+        parts, cast = quantise(parts[0], (1, LANES), power_of_two=True), False
     tiles, places = width // LANES, slots // ranks_of(axis)
     kinds = [jax.ShapeDtypeStruct((slots, tiles, LANES), FP8) if cast else
              jax.ShapeDtypeStruct((slots, width), parts[0].dtype)]
