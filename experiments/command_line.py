@@ -38,7 +38,9 @@ def provenance() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] \
         if cpu.exists() else []
-    return {"command": " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    root, script = Path(__file__).resolve().parent.parent, Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+    return {"command": " ".join(["python", name, *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "python": platform.python_version(),
             "device": f"{jax.devices()[0].device_kind}: {(*models, platform.processor())[0]}, {os.cpu_count()} cores"}
 
