@@ -109,8 +109,8 @@ def compute_weights(params: Any, precision: Precision) -> Any:
     """float32 master weights as the types the layers compute with.
 
     Weights marked `float32` (router and norm gains; paper 2, section 3.3.1) stay as they are, and so do those that
-    `inference_weights` or `interop.load` made float8. Activations follow the
-    embedding's type; norms, softmax, router and losses convert to float32 themselves.
+    `inference_weights` or `interop.load` made float8. Activations follow the embedding's type; norms, softmax, router
+    and losses convert to float32 themselves.
     """
     def cast(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
