@@ -41,7 +41,11 @@ def linear(x_MK: jax.Array | Carried, weight: Weight, recipe: LinearRecipe | Non
       keep: name for what the backward needs of x, for a policy of recomputation.
       group_sizes_E: int32 [E], rows of each group, multiples of `alignment`; rows past them are ignored and give zero.
       alignment: a multiple of GROUP_ALIGNMENT where there are a recipe and groups.
+
+    Raises:
+      TypeError: rows in float8 that the recipe does not keep, or a weight in float8 without a recipe.
     """
+    _check_float8(x_MK, weight, recipe, swiglu=False)
     if recipe is not None:
         return _run(x_MK, weight, None, group_sizes_E, _Static(recipe, keep, alignment, swiglu=False))
     return _plain(_named(x_MK, keep), weight, group_sizes_E, alignment)
@@ -54,7 +58,11 @@ def swiglu_linear(gate_up_M2K: jax.Array, weight: Weight, recipe: LinearRecipe |
 
     `scale_M`, float32, multiplies rows before the product. As weights of experts it is cheaper there than after it: the
     backward needs no outputs, and gradients of outputs reach the products as they were sent.
+
+    Raises:
+      TypeError: rows in float8, or a weight in float8 without a recipe.
     """
+    _check_float8(gate_up_M2K, weight, recipe, swiglu=True)
     if recipe is not None:
         return _run(gate_up_M2K, weight, scale_M, group_sizes_E, _Static(recipe, keep, alignment, swiglu=True))
     return _plain(_scaled(swiglu(_named(gate_up_M2K, keep)), scale_M), weight, group_sizes_E, alignment)
@@ -70,9 +78,21 @@ def _scaled(x_MK: jax.Array, scale_M: jax.Array | None) -> jax.Array:
     return x_MK if scale_M is None else (x_MK.astype(jnp.float32) * scale_M[:, None]).astype(x_MK.dtype)
 
 
-def _plain(x_MK: jax.Array | Carried, weight: Weight, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
-    if isinstance(x_MK, Carried) or isinstance(weight, Quantised):
-        raise TypeError("float8 operands need a recipe")
+def _check_float8(x: jax.Array | Carried, weight: Weight, recipe: LinearRecipe | None, *, swiglu: bool) -> None:
+    """Raises `TypeError` for an operand in float8 that is not read so."""
+    if isinstance(weight, Quantised) and recipe is None:
+        raise TypeError("weight (Quantised) is in float8, and recipe (None) reads none: give a recipe, or "
+                        "weight.transposed.dequantise(dtype)")
+    if isinstance(x, Carried) and swiglu:
+        raise TypeError("gate_up_M2K (Carried) is in float8, which SwiGLU does not read: give it in bf16 or float32")
+    if isinstance(x, Carried) and (recipe is None or recipe.kept != "input"):
+        found = "recipe (None)" if recipe is None else f"recipe.kept ({recipe.kept!r})"
+        raise TypeError(f"x_MK (Carried) is in float8, and {found} does not keep that: give a recipe whose kept is "
+                        "'input', or x_MK in bf16 or float32")
+
+
+def _plain(x_MK: jax.Array, weight: Any, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+    """In x's dtype; nothing is in float8."""
     if group_sizes_E is None:
         return x_MK @ weight
     return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
@@ -126,8 +146,6 @@ def _forward(x: jax.Array | Carried, weight: jax.Array, scale_M: jax.Array | Non
     recipe = static.recipe
     kept: Quantised | QuantisedE5M6
     if isinstance(x, Carried):
-        if recipe.kept != "input":
-            raise TypeError("input in float8 needs a recipe that keeps it")
         quantised = kept = x.quantised
     elif recipe.kept == "input_of_wgrad" and not static.swiglu:
         quantised, kept = _cast_both(x, recipe.input, recipe.input_of_wgrad)

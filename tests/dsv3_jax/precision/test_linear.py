@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.precision.accumulator import hopper_matmul
 from dsv3_jax.precision.linear import linear, swiglu_linear
-from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Quantised, QuantisedE5M6
+from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Carried, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import RECIPES, Cast
 
 FP8 = RECIPES["fp8"]
@@ -107,6 +107,37 @@ def test_weights_in_float8_give_the_same_result(groups):
     for product, inputs in ((linear, x), (swiglu_linear, jnp.concatenate([x, x[::-1]], axis=1))):
         np.testing.assert_array_equal(product(inputs, held, FP8.linear, **sizes),
                                       product(inputs, w, FP8.linear, **sizes))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_in_float8_give_the_same_result(groups):
+    """Cast before, as dispatch sends them; the gradient is the carrier's. The weight may be in float8 as well."""
+    recipe = FP8.up
+    x, w, dy = _operands((384, 256, 128), groups)
+    sizes = {} if groups == 1 else {"group_sizes_E": jnp.asarray([128, 0, 256], jnp.int32), "alignment": 128}
+    sent = Carried.of(Quantised.of(x, recipe.input.tile, recipe.input.power_of_two), x.dtype)
+    out, pull = jax.vjp(lambda carrier, w: linear(Carried(sent.quantised, carrier), w, recipe, **sizes),
+                        sent.carrier, w)
+    expected, pull_expected = jax.vjp(lambda x, w: linear(x, w, recipe, **sizes), x, w)
+    for got, want in zip((out, *pull(dy)), (expected, *pull_expected(dy)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    held = Quantised.of(w, recipe.weight.tile).transposed
+    np.testing.assert_array_equal(linear(sent, held, recipe, **sizes), expected)
+
+
+@pytest.mark.parametrize(("product", "recipe", "carried", "held", "message"), [
+    (linear, None, True, False, r"x_MK \(Carried\).* recipe \(None\).*: give a recipe"),
+    (linear, None, False, True, r"weight \(Quantised\).* recipe \(None\).*: give a recipe, or weight\.transposed"),
+    (linear, FP8.linear, True, False, r"x_MK \(Carried\).* recipe\.kept \('input_of_wgrad'\).*: give a recipe"),
+    (linear, FP8.after_attention, True, True, r"x_MK \(Carried\).* recipe\.kept \('e5m6'\).*: give a recipe"),
+    (swiglu_linear, None, False, True, r"weight \(Quantised\).* recipe \(None\)"),
+    (swiglu_linear, FP8.up, True, False, r"gate_up_M2K \(Carried\).*: give it in bf16 or float32")])
+def test_float8_that_is_not_read_so_is_refused(product, recipe, carried, held, message):
+    x, w, _ = _operands((128, 256, 128))
+    x = Carried.of(Quantised.of(x, ROW), x.dtype) if carried else x
+    w = Quantised.of(w, BLOCK).transposed if held else w
+    with pytest.raises(TypeError, match=message):
+        product(x, w, recipe)
 
 
 def test_swiglu_is_computed_again_from_float8():
