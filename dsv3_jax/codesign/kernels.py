@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.codesign.pods import parse_pod, pod_devices
+from dsv3_jax.codesign.pods import parse_pod, pod_mesh
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.mesh import on_each_device
+from pallas_kernels.targets import platform_named
 
 SMALLEST_PODS = {"h100": "h100:1x1", "h200": "h200:1x1", "h800": "h800:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2",
                  "tpu7x": "tpu7x:2x2x1"}
@@ -24,10 +26,12 @@ SMALLEST_PODS = {"h100": "h100:1x1", "h200": "h200:1x1", "h800": "h800:1x1", "v5
 
 
 class CompiledKernel(NamedTuple):
-    """What a compiler made of a function of one device."""
+    """What a compiler made of the program that one device runs."""
 
     kernels: int
     """Calls of Pallas kernels, or on TPU v5p of XLA's own ragged one."""
+    dots: int
+    """Products of matrices that XLA computes in no such kernel; on TPU they are convolutions."""
     spilled_bytes: int | None
     """Stores and loads of registers that the kernels had too few of; None on TPU, whose compiler does not tell."""
     registers: int | None
@@ -40,28 +44,42 @@ class CompiledKernel(NamedTuple):
 
 def compile_kernel(hardware: str, function: Callable[..., Any],
                    operands: Sequence[jax.ShapeDtypeStruct]) -> CompiledKernel:
-    """Compiles `function(*operands)` for one device of that name.
+    """Compiles `function(*operands)` for hardware of that name: each device of its smallest pod runs all of it.
 
     Raises:
       ImportError: the extra `aot` is not installed.
       jax.errors.JaxRuntimeError: the compiler refuses it.
       RuntimeError: NVIDIA's compiler told nothing of registers.
     """
-    device = pod_devices(parse_pod(SMALLEST_PODS[hardware]))[0]
-    mesh = Mesh(np.array([device]), ("device",))
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())) for a in operands]
+    mesh = pod_mesh(parse_pod(SMALLEST_PODS[hardware]), MeshConfig())
+    whole = PartitionSpec()
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, whole)) for a in operands]
+    with jax.set_mesh(mesh):
+        return compile_program(jax.jit(on_each_device(function, whole, whole)), *placed)[0]
+
+
+def compile_program(program: jax.stages.Wrapped, *operands: jax.ShapeDtypeStruct) -> tuple[CompiledKernel, str]:
+    """(what the compiler made of `program(*operands)`, its HLO), for the mesh in use.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses it.
+      RuntimeError: NVIDIA's compiler told nothing of registers.
+    """
     start = time.perf_counter()
-    with _ptxas_report() as report, jax.set_mesh(mesh):
-        compiled = jax.jit(function).lower(*placed).compile()
+    with _ptxas_report() as report:
+        compiled = program.lower(*operands).compile()
     seconds = time.perf_counter() - start
-    calls = re.findall(r'custom_call_target="(mosaic_gpu|tpu_custom_call|ragged)', compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    kernels = len(re.findall(r'custom_call_target="(mosaic_gpu|tpu_custom_call|ragged)', text))
+    dots = len(re.findall(r'\bdot\(|\bconvolution\(|custom_call_target="__cu(blas|dnn)', text))
     spills = registers = waits = None
-    if device.platform == "gpu":
-        spills, registers = _read_report(report(), len(calls))
+    if platform_named() == "gpu":
+        spills, registers = _read_report(report(), kernels)
         waits = "C7510" in report()
     memory = compiled.memory_analysis()
     assert memory is not None
-    return CompiledKernel(len(calls), spills, registers, waits, memory.temp_size_in_bytes, seconds)
+    made = CompiledKernel(kernels, dots, spills, registers, waits, memory.temp_size_in_bytes, seconds)
+    return made, text
 
 
 def _read_report(text: str, kernels: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ here, on meshes of one fast domain and of several."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 
 import jax
@@ -12,13 +11,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax.codesign.kernels import CompiledKernel, compile_program
 from dsv3_jax.codesign.pods import parse_pod, pod_mesh
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh import FAST_AXES
 from pallas_kernels.all_to_all_combine import all_to_all_combine, combine_start, combine_wait
 from pallas_kernels.all_to_all_dispatch import all_to_all_dispatch, dispatch_start, dispatch_wait, make_route
 from tests.pallas_kernels.all_to_all_cases import AXIS, mesh
-from tests.pallas_kernels.compiling import run_compilations
+from tests.pallas_kernels.compiling import in_new_process
 
 pytestmark = pytest.mark.slow
 
@@ -61,12 +61,13 @@ def operands(mesh, ranks: int, width: int = WIDTH, rows: int = ROWS) -> list[jax
             for (first, *rest), dtype in shapes]
 
 
-def compiled_text(run, pod: str, config: MeshConfig) -> str:
+def compile_exchange(run, pod: str, config: MeshConfig) -> tuple[CompiledKernel, str]:
+    """(what the compiler made of it, its HLO)."""
     mesh = pod_mesh(parse_pod(pod), config)
     spec = PartitionSpec(mesh.axis_names)
     with jax.set_mesh(mesh):
         program = jax.jit(jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False))
-        return program.lower(*operands(mesh, config.scale_up * config.context)).compile().as_text()
+        return compile_program(program, *operands(mesh, config.scale_up * config.context))
 
 
 def exchanged(text: str) -> set[str]:
@@ -94,15 +95,15 @@ def test_a_platform_gets_its_backend_and_no_other(platform, width, expected):
 def test_compiles_for_tpus(pod, config):
     """Dispatch three times and once backward, combine once and once backward, each with its sum; XLA exchanges nothing
     but numbers of rows and weights."""
-    text = compiled_text(there_and_back(FAST_AXES), pod, config)
-    assert text.count('custom_call_target="tpu_custom_call"') == 8
+    made, text = compile_exchange(there_and_back(FAST_AXES), pod, config)
+    assert made.kernels == 8
     assert all(str(WIDTH) not in shape and "128" not in shape for shape in exchanged(text)), exchanged(text)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
 def test_compute_runs_between_start_and_wait_on_tpu():
     """And nothing is copied that is still on its way."""
-    text = compiled_text(beside_compute, "v5p:2x2x1", MeshConfig(scale_up=4))
+    _, text = compile_exchange(beside_compute, "v5p:2x2x1", MeshConfig(scale_up=4))
     entry = text[text.index("ENTRY"):]
     events = re.findall(r"op_name=\"[^\"]*(ici_start|ici_wait|dot_general)", entry)
     order = [event for event, before in zip(events, [None, *events[:-1]], strict=True) if event != before]
@@ -111,24 +112,15 @@ def test_compute_runs_between_start_and_wait_on_tpu():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
-def test_compiles_for_h100():
+@pytest.mark.parametrize(("pod", "config"), [
+    ("h100:1x8", MeshConfig(scale_up=8)), ("h100:8x8", MeshConfig(scale_out=8, scale_up=4, context=2))])
+def test_compiles_for_h100(pod, config):
     """On one host and on eight with the axis inside each: no registers spilled, and XLA exchanges nothing but numbers
     of rows and weights."""
-    results, log = run_compilations(__file__)
-    assert [result["kernels"] for result in results] == [6, 6]
-    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("Compile time") > 0
-    for result in results:
-        assert all(str(WIDTH) not in shape for shape in result["exchanged"]), result
+    made, text = in_new_process(compile_there_and_back, pod, config)
+    assert (made.kernels, made.spilled_bytes) == (6, 0)
+    assert all(str(WIDTH) not in shape for shape in exchanged(text)), exchanged(text)
 
 
-def compile_for_h100() -> None:
-    """Prints what the compiler made of both kernels and their gradients."""
-    for pod, config in (("h100:1x8", MeshConfig(scale_up=8)),
-                        ("h100:8x8", MeshConfig(scale_out=8, scale_up=4, context=2))):
-        text = compiled_text(there_and_back(FAST_AXES), pod, config)
-        print(json.dumps({"pod": pod, "kernels": text.count('custom_call_target="mosaic_gpu'),
-                          "exchanged": sorted(exchanged(text))}), flush=True)
-
-
-if __name__ == "__main__":
-    compile_for_h100()
+def compile_there_and_back(pod: str, config: MeshConfig) -> tuple[CompiledKernel, str]:
+    return compile_exchange(there_and_back(FAST_AXES), pod, config)

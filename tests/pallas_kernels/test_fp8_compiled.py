@@ -8,16 +8,13 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dsv3_jax.codesign.pods import parse_pod, pod_mesh
-from dsv3_jax.config import MeshConfig
-from dsv3_jax.mesh import on_each_device
+from dsv3_jax.codesign.kernels import CompiledKernel, compile_kernel
 from pallas_kernels import tuning
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_wgrad import fp8_wgrad
 from pallas_kernels.grouped_fp8_matmul import grouped_fp8_matmul, grouped_fp8_wgrad
-from tests.pallas_kernels.compiling import backends, nvidia, print_compiled, run_compilations
+from tests.pallas_kernels.compiling import backends, check_compiled, in_new_process
 
 FP8, F32 = jnp.float8_e4m3fn, jnp.float32
 EXPERTS, GROUPED_ROWS = 4, 32_768
@@ -53,73 +50,52 @@ def test_a_platform_gets_its_backend_and_no_other(platform, shape, expected):
         assert backends(lowered.as_text()) == expected, name
 
 
+def compile_for(hardware: str, name: str, shape: tuple[int, int, int], **options) -> CompiledKernel:
+    function, operands = problems(*shape)[name]
+    return compile_kernel(hardware, functools.partial(function, **options),
+                          [jax.ShapeDtypeStruct(*operand) for operand in operands])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
-@pytest.mark.parametrize(("pod", "names"), [
-    ("v5p:2x2x1", ("product", "gradient")), ("v6e:2x2", ("grouped product", "grouped gradient")),
-    ("tpu7x:2x2x1", ("gradient", "grouped product"))])
-def test_compiles_for_tpus(pod, names):
+@pytest.mark.parametrize(("hardware", "names"), [
+    ("v5p", ("product", "gradient")), ("v6e", ("grouped product", "grouped gradient")),
+    ("tpu7x", ("gradient", "grouped product"))])
+def test_compiles_for_tpus(hardware, names):
     """One kernel an operation, and no copy of an operand or a result. Dense operations are kernels of one group."""
-    mesh = pod_mesh(parse_pod(pod), MeshConfig())
     for name in names:
-        function, operands = problems(4096, 4096, 7168)[name]
-        arguments = [jax.ShapeDtypeStruct(*operand, sharding=NamedSharding(mesh, PartitionSpec()))
-                     for operand in operands]
-        with jax.set_mesh(mesh):
-            everywhere = on_each_device(function, PartitionSpec(), PartitionSpec())
-            compiled = jax.jit(everywhere).lower(*arguments).compile()
-        text = compiled.as_text()
-        assert text.count('custom_call_target="tpu_custom_call"') == 1, name
-        assert " dot(" not in text, name
-        assert " convolution(" not in text, name
-        assert compiled.memory_analysis().temp_size_in_bytes < 2 ** 25, name
-
-
-def check_compilations(*arguments: str) -> int:
-    results, log = run_compilations(__file__, *arguments)
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(results)
-    assert "C7510" not in log, "ptxas runs wgmma one at a time"
-    for result in results:
-        assert result["kernels"] == 1, result
-        assert result["dots"] == 0, result
-        assert result["temporary_bytes"] < 2 ** 24, result
-    return len(results)
+        check_compiled(compile_for(hardware, name, (4096, 4096, 7168)), name, temporary_bytes=2 ** 25)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
 def test_compiles_for_h100():
     """One kernel an operation, no copy of an operand, and no registers spilled."""
-    assert check_compilations("few") == 5
+    compiled = in_new_process(compile_operations)
+    assert len(compiled) == 5
+    for name, made in compiled.items():
+        check_compiled(made, name, temporary_bytes=2 ** 24)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
 def test_every_tile_and_every_published_shape_compile_for_h100():
-    assert check_compilations("all") > 40
+    compiled = in_new_process(compile_tiles_and_shapes)
+    assert len(compiled) > 40
+    for name, made in compiled.items():
+        check_compiled(made, name, temporary_bytes=2 ** 24)
 
 
-def compile_for_h100(which: str) -> None:
-    """Prints what the compiler made of each operation, as lines of JSON."""
-    at = SingleDeviceSharding(nvidia())
+def compile_operations() -> dict[str, CompiledKernel]:
+    shape = (4096, 4096, 7168)
+    in_float32 = compile_for("h100", "product", (4096, 576, 7168), dtype=jnp.float32)
+    return {name: compile_for("h100", name, shape) for name in problems(*shape)} | {"product in float32": in_float32}
 
-    def compile_one(name: str, shape: tuple[int, int, int], **options) -> None:
-        function, operands = problems(*shape)[name]
-        arguments = [jax.ShapeDtypeStruct(*operand, sharding=at) for operand in operands]
-        print_compiled(functools.partial(function, **options), *arguments, name=name, shape=shape)
-    if which == "few":
-        for name in problems(1, 1, 1):
-            compile_one(name, (4096, 4096, 7168))
-        compile_one("product", (4096, 576, 7168), dtype=jnp.float32)
-        return
-    for name, shapes in TILES.items():
-        for shape in shapes:
-            compile_one(name, shape)
+
+def compile_tiles_and_shapes() -> dict[tuple, CompiledKernel]:
+    compiled = {(name, shape): compile_for("h100", name, shape) for name, shapes in TILES.items() for shape in shapes}
     for name, shapes in tuning.CANDIDATES.items():
         for tile in shapes:
             with tuning.only(name, tile):
-                for dtype in (jnp.bfloat16, jnp.float32):
-                    compile_one(name, (512, 768, 768), dtype=dtype)
-
-
-if __name__ == "__main__":
-    import sys
-    compile_for_h100(sys.argv[1])
+                for dtype in ("bfloat16", "float32"):
+                    made = compile_for("h100", name, (512, 768, 768), dtype=jnp.dtype(dtype))
+                    compiled[name, tile, dtype] = made
+    return compiled

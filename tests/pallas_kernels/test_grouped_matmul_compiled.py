@@ -3,9 +3,7 @@ are not here."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsv3_jax.codesign.hlo import Walk, matrix_flops, parse
-from dsv3_jax.codesign.pods import parse_pod, pod_mesh
+from dsv3_jax.codesign.kernels import CompiledKernel, compile_kernel
+from dsv3_jax.codesign.pods import parse_pod, pod_devices, pod_mesh
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh import on_each_device
 from pallas_kernels.grouped_matmul import grouped_matmul
-from tests.pallas_kernels.compiling import H100, backends, nvidia, print_compiled, run_compilations, shaped
+from tests.pallas_kernels.compiling import backends, check_compiled, in_new_process
 
 EXPERTS, ROWS = 4, 49_152
 SHAPES = {"gate and up": (7168, 4096), "down": (2048, 7168), "DeepSeek-V2-Lite's down": (1408, 2048)}
@@ -52,6 +51,14 @@ def test_a_platform_gets_its_backend_and_no_other(platform, alignment, dtype, ex
     assert backends(lowered_step(platform, alignment, dtype)) == {expected}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
+@pytest.mark.parametrize(("pod", "expected"), [("h100:1x1", "mosaic_gpu"), ("b200:1x1", "dot_general")])
+def test_only_hopper_gets_the_kernel_of_hopper(pod, expected):
+    """Blackwell has no `wgmma`."""
+    device = pod_devices(parse_pod(pod))[0]
+    assert backends(lowered_step("cuda", 128, jnp.bfloat16, device)) == {expected}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
 @pytest.mark.parametrize("pod", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(pod):
@@ -82,34 +89,24 @@ def test_says_once_why_the_slow_way(caplog):
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
 def test_compiles_for_h100():
-    """No dot, so no dense product; no copy of rows or weights; and no registers spilled. Blackwell has no `wgmma`."""
-    results, log = run_compilations(__file__)
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 3 * len(SHAPES)
-    assert "C7510" not in log, "ptxas runs wgmma one at a time"
-    assert results[0] == {"blackwell": ["dot_general"]}
-    assert len(results) == 1 + 2 * len(SHAPES)
-    for result in results[1:]:
-        assert result["kernels"] == {"forward": 1, "gradients": 2}[result["pass"]], result
-        assert result["dots"] == 0, result
-        assert result["temporary_bytes"] < 2 ** 20, result
+    """No dot, so no dense product; no copy of rows or weights; and no registers spilled."""
+    compiled = in_new_process(compile_passes)
+    for name in SHAPES:
+        check_compiled(compiled[name, "forward"], name, temporary_bytes=2 ** 20)
+        check_compiled(compiled[name, "gradients"], name, temporary_bytes=2 ** 20, kernels=2)
 
 
-def compile_for_h100() -> None:
-    """Prints what the compiler made of each shape, as lines of JSON."""
-    b200 = H100.replace("major: 9", "major: 10").replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
-    print(json.dumps({"blackwell": sorted(backends(lowered_step("cuda", 128, jnp.bfloat16, nvidia(b200))))}))
-    bf16 = functools.partial(shaped, nvidia(), dtype=jnp.bfloat16)
-
+def compile_passes() -> dict[tuple[str, str], CompiledKernel]:
     def forward(rows, weights, sizes):
         return grouped_matmul(rows, weights, sizes, alignment=128)
 
     def gradients(rows, weights, sizes, cotangent):
         return jax.vjp(lambda x, w: forward(x, w, sizes), rows, weights)[1](cotangent)
-    for width, inner in SHAPES.values():
-        operands = bf16(ROWS, width), bf16(EXPERTS, width, inner), shaped(nvidia(), EXPERTS, dtype=jnp.int32)
-        for function, arguments in ((forward, operands), (gradients, (*operands, bf16(ROWS, inner)))):
-            print_compiled(function, *arguments, **{"pass": function.__name__, "shape": [ROWS, width, inner]})
-
-
-if __name__ == "__main__":
-    compile_for_h100()
+    compiled = {}
+    for name, (width, inner) in SHAPES.items():
+        rows, weights, cotangent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+                                    for shape in ((ROWS, width), (EXPERTS, width, inner), (ROWS, inner)))
+        operands = rows, weights, jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
+        compiled[name, "forward"] = compile_kernel("h100", forward, operands)
+        compiled[name, "gradients"] = compile_kernel("h100", gradients, (*operands, cotangent))
+    return compiled

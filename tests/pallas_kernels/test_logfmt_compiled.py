@@ -3,18 +3,16 @@ here."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.codesign.pods import parse_pod, pod_mesh
-from dsv3_jax.config import MeshConfig
-from dsv3_jax.mesh import on_each_device
+from dsv3_jax.codesign.kernels import CompiledKernel, compile_kernel
 from pallas_kernels.logfmt import decode, encode
-from tests.pallas_kernels.compiling import nvidia, print_compiled, run_compilations, shaped
+from tests.pallas_kernels.compiling import check_compiled, in_new_process
 
 pytestmark = pytest.mark.slow
 
@@ -31,20 +29,15 @@ def test_a_platform_gets_its_backend_and_no_other(platform, rows, bits, expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
-@pytest.mark.parametrize(("pod", "rows", "width", "bits"), [
-    ("v5p:2x2x1", 4096, 7168, 10), ("v6e:2x2", 300, 2048, 7), ("tpu7x:2x2x1", 5, 7168, 15)])
-def test_compiles_for_tpus(pod, rows, width, bits):
+@pytest.mark.parametrize(("hardware", "rows", "width", "bits"), [
+    ("v5p", 4096, 7168, 10), ("v6e", 300, 2048, 7), ("tpu7x", 5, 7168, 15)])
+def test_compiles_for_tpus(hardware, rows, width, bits):
     """Two kernels, and nothing beside them but the ends, of which a tile's 4 bytes fill a row of 128 numbers."""
-    mesh = pod_mesh(parse_pod(pod), MeshConfig())
-    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
-
     def there_and_back(x):
         codes, ends = encode(x, bits)
         return codes, ends, decode(codes, ends)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(on_each_device(there_and_back, PartitionSpec(), PartitionSpec())).lower(x).compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
-    assert compiled.memory_analysis().temp_size_in_bytes < 5 * rows * 128 * 4
+    made = compile_kernel(hardware, there_and_back, [jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)])
+    check_compiled(made, hardware, temporary_bytes=5 * rows * 128 * 4, kernels=2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
@@ -54,26 +47,20 @@ def test_compiles_for_h100():
     Rows of few tiles, odd numbers of bits and widths that 128 does not divide compile too: what the interpreter takes
     TMA may not.
     """
-    results, log = run_compilations(__file__)
-    assert len(results) == 8
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(results)
-    for result in results:
-        assert result["kernels"] == 1, result
-        assert result["temporary_bytes"] < 2 ** 22, result
+    compiled = in_new_process(compile_both_ways)
+    assert len(compiled) == 8
+    for name, made in compiled.items():
+        check_compiled(made, name, temporary_bytes=2 ** 22)
 
 
-def compile_for_h100() -> None:
-    """Prints what the compiler made of encoding and decoding."""
+def compile_both_ways() -> dict[tuple, CompiledKernel]:
+    compiled = {}
     for rows, width, bits, dtype in ((4096, 7168, 10, jnp.bfloat16), (4096, 2048, 16, jnp.float32),
                                      (8, 192, 13, jnp.bfloat16), (160, 2112, 12, jnp.bfloat16)):
         tiles = -(-width // 128)
-        x, codes, ends = (shaped(nvidia(), rows, columns, dtype=kind) for columns, kind in (
+        x, codes, ends = (jax.ShapeDtypeStruct((rows, columns), kind) for columns, kind in (
             (width, dtype), (tiles * 16 * bits, jnp.uint8), (2 * tiles, dtype)))
-        shape = [rows, width, bits]
-        print_compiled(lambda x, bits=bits: encode(x, bits), x, operation="encode", shape=shape, dtype=x.dtype.name)
-        print_compiled(lambda codes, ends, width=width: decode(codes, ends, width=width), codes, ends,
-                       operation="decode", shape=shape, dtype=x.dtype.name)
-
-
-if __name__ == "__main__":
-    compile_for_h100()
+        encoding, decoding = functools.partial(encode, bits=bits), functools.partial(decode, width=width)
+        compiled["encode", x.shape, bits] = compile_kernel("h100", encoding, [x])
+        compiled["decode", x.shape, bits] = compile_kernel("h100", decoding, [codes, ends])
+    return compiled
