@@ -30,6 +30,7 @@ def test_measures_on_the_devices_at_hand(tmp_path):
     assert "| padded |" in (tmp_path / "out.md").read_text()
 
 
+@pytest.mark.slow
 def test_compiles_for_a_pod():
     done = run("--pods", "h100:2x2", "--transports", "padded", "ragged", "--json")
     assert done.returncode == 0, done.stderr
