@@ -24,16 +24,19 @@ CHUNK_BYTES = 64 << 20
 _FREE = ("mesh.", "report.", "checkpoint.", "distributed.", "steps", "recompute", "data.cache_dir")
 
 
-def differing_fields(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def differing_fields(saved: dict[str, Any], config: RunConfig, free: tuple[str, ...] = _FREE) -> list[str]:
     """'field: saved value -> new value' for every setting that makes `config` another run than `saved`.
 
     What `saved` does not name of the model it was written before; it has the default.
+
+    Args:
+      free: how the names of settings begin that may differ.
     """
     defaults = {f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)
                 if field.default is not dataclasses.MISSING}
     old, new = {**defaults, **_flatten(saved)}, _flatten(dataclasses.asdict(config))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and not name.startswith(_FREE)]
+            if old.get(name) != new.get(name) and not name.startswith(free)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
