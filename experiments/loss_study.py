@@ -74,10 +74,13 @@ class Study:
 
     def result(self, curves: Curves) -> dict[str, Any]:
         """rows: errors of each run; same_weights: what the baseline's weights lose on held-out text."""
-        return {"rows": [{self.setting: value, "seed": seed,
-                          **compare(curves[value, seed], curves[self.baseline, seed])}
-                         for value in self.others for seed in self.seeds],
+        return {"rows": self.errors(curves),
                 "same_weights": [row for seed in self.seeds for row in self._held_out(seed)]}
+
+    def errors(self, curves: Curves) -> list[dict[str, Any]]:
+        """Of each run; see `compare`."""
+        return [{self.setting: value, "seed": seed, **compare(curves[value, seed], curves[self.baseline, seed])}
+                for value in self.others for seed in self.seeds]
 
     def _held_out(self, seed: int) -> list[dict[str, Any]]:
         config = dataclasses.replace(self.configs[self.baseline], seed=seed)
