@@ -16,11 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.expert_parallel.exchange import Wire, combine, dispatch, row_bytes
-from dsv3_jax.expert_parallel.plan import make_plan, traffic
+from dsv3_jax.expert_parallel.plan import Traffic, make_plan, traffic
 from dsv3_jax.expert_parallel.rounds import Quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import EXPERT_AXES, make_mesh
 from dsv3_jax.precision.quantised import ROW, Carried, Quantised
+from tests.dsv3_jax.expert_parallel.by_hand import traffic_by_hand
 
 TOKENS, WIDTH = 16, 136
 """Of one device; a tile and a part of one."""
@@ -239,14 +240,6 @@ def test_traffic_is_what_hops_send(kind, sizes):
         told = traffic(experts, jnp.zeros_like(experts), delivered, topology)
         return jax.tree.map(lambda x: x[None], (told, *sent))
     told, node_rows, device_rows = run_on(topology, count, chosen)
-    home = np.repeat(np.arange(DEVICES), TOKENS)
-    devices = [{e // topology.experts_per_device for e in row if e >= 0} for row in chosen]
-    nodes = [{d // topology.scale_up for d in row} for row in devices]
-    assert told.choices.sum() == told.delivered.sum() == (chosen >= 0).sum()
-    assert told.tokens.sum() == sum(bool(row) for row in devices)
-    assert told.nodes.sum() == sum(map(len, nodes))
-    assert told.scale_out_rows.sum() == node_rows.sum() == sum(
-        node != own // topology.scale_up for row, own in zip(nodes, home, strict=True) for node in row)
-    assert told.scale_up_rows.sum() == device_rows.sum() == sum(
-        device % topology.scale_up != own % topology.scale_up
-        for row, own in zip(devices, home, strict=True) for device in row)
+    counted = traffic_by_hand(*(x.reshape(DEVICES, TOKENS, -1) for x in (chosen, np.zeros_like(chosen))), topology)
+    assert Traffic(*(part.sum() for part in told)) == counted
+    assert (node_rows.sum(), device_rows.sum()) == (counted.scale_out_rows, counted.scale_up_rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 
 import jax
@@ -20,6 +19,7 @@ from dsv3_jax.expert_parallel.plan import make_plan
 from dsv3_jax.expert_parallel.rounds import Quota, assign_rounds, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import EXPERT_AXES, make_mesh
+from tests.dsv3_jax.expert_parallel.by_hand import rounds_by_hand
 
 EXPERTS, TOP_K, TOKENS, WIDTH = 16, 3, 16, 4
 KINDS = ("random", "skewed", "one expert", "one node", "uneven sources", "masked", "nothing")
@@ -120,44 +120,6 @@ def _plain(arrays, experts, cotangent):
     return out, grads
 
 
-def _fit_in_one_round(experts_MTK: np.ndarray, topology: Topology, quota: Quota) -> bool:
-    """Whether each chunk and each device's slots, as the plan makes them, hold all that is for them."""
-    to_node, through, to_device = collections.Counter(), collections.Counter(), collections.Counter()
-    for m, experts_TK in enumerate(experts_MTK):
-        for experts_K in experts_TK:
-            devices = [e // topology.experts_per_device for e in experts_K if e >= 0]
-            to_node.update((m, node) for node in {d // topology.scale_up for d in devices})
-            through.update((m % topology.scale_up, d) for d in set(devices))
-            to_device.update(devices)
-    return (max(to_node.values(), default=0) <= quota.node_rows
-            and max(through.values(), default=0) <= topology.scale_out * quota.device_choices
-            and max(to_device.values(), default=0) <= topology.devices * quota.device_choices)
-
-
-def _by_hand(experts_MTK: np.ndarray, topology: Topology, quota: Quota) -> tuple[np.ndarray, int]:
-    """Rounds of all choices of one expert-parallel group, and their number, token after token."""
-    if _fit_in_one_round(experts_MTK, topology, quota):
-        return np.where(experts_MTK >= 0, 0, -1), 1
-    waves = -(-experts_MTK.shape[1] // quota.node_rows)
-    place, parts = np.zeros((*experts_MTK.shape, 2), int), [0] * waves
-    for m, experts_TK in enumerate(experts_MTK):
-        visits, sent = [0] * topology.scale_out, {}
-        for t, experts_K in enumerate(experts_TK):
-            wave = {}
-            for n in {e // topology.experts_per_node for e in experts_K if e >= 0}:
-                wave[n] = visits[n] // quota.node_rows
-                visits[n] += 1
-            for k, e in enumerate(experts_K):
-                if e >= 0:
-                    v, device = wave[e // topology.experts_per_node], e // topology.experts_per_device
-                    place[m, t, k] = v, sent.get((v, device), 0) // quota.device_choices
-                    sent[v, device] = sent.get((v, device), 0) + 1
-        for (v, _), count in sent.items():
-            parts[v] = max(parts[v], -(-count // quota.device_choices))
-    starts = np.cumsum([0, *parts])
-    return np.where(experts_MTK >= 0, starts[place[..., 0]] + place[..., 1], -1), max(1, int(starts[-1]))
-
-
 @pytest.mark.parametrize(("mesh", "factor"), CASES, ids=str)
 def test_any_routing_gives_the_plain_result_and_gradients(mesh, factor):
     """Float32 against float64: sums of at most 3 terms for tokens, of some hundred O(1) terms for matrices."""
@@ -172,7 +134,7 @@ def test_any_routing_gives_the_plain_result_and_gradients(mesh, factor):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * max(1, np.abs(want).max()),
                                        err_msg=f"{kind}: {name}")
         groups = experts.reshape(data, -1, TOKENS, TOP_K)
-        counted = [_by_hand(group, topology, _quota(topology, factor))[1] for group in groups]
+        counted = [rounds_by_hand(group, topology, _quota(topology, factor))[1] for group in groups]
         assert told[:, 1].sum() == np.sum(experts >= 0)
         np.testing.assert_array_equal(told[:, 0], np.repeat(counted, topology.devices), err_msg=kind)
         if kind == "one expert" and factor < ANY and topology.devices > 1:
@@ -223,7 +185,7 @@ def test_assignment_keeps_to_the_quota_and_equals_one_made_by_hand(seed, skew, m
     plan = _assign(experts.reshape(*nodes, tokens, TOP_K), topology, quota)
     round_MTK = np.asarray(plan.round_TK).reshape(experts_MTK.shape)
 
-    expected, count = _by_hand(experts_MTK, topology, quota)
+    expected, count = rounds_by_hand(experts_MTK, topology, quota)
     np.testing.assert_array_equal(round_MTK, expected)
     assert np.all(np.asarray(plan.rounds) == count)
     assert round_MTK.max(initial=0) < count
