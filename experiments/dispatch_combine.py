@@ -18,6 +18,7 @@ comes home times the sum of its weights), timed, and told as rates by DeepEP's c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -64,8 +65,9 @@ class Arguments:
     """Of one device."""
     combine: Combine = "plain"
     """How outputs travel home."""
-    capacity_factor: float = 1.05
-    """Room in buffers over the balanced load, which padded exchanges pay for."""
+    capacity_factor: float | None = None
+    """Room in buffers over the balanced load, which padded exchanges pay for; None: the least, in steps of a
+    twentieth, with which these choices travel in one round."""
     seed: int = 0
     measure: bool = False
     """Run on the devices at hand, on --mesh, instead of compiling for --pods."""
@@ -80,37 +82,44 @@ class Arguments:
         return named(MODELS, self.preset, "--preset")
 
 
-def case_of(arguments: Arguments, scale_out: int, scale_up: int, transport: Transport) -> Case:
-    """The exchange on so many nodes and devices of each."""
+def case_of(arguments: Arguments, scale_out: int, scale_up: int, transport: Transport = "padded") -> Case:
+    """The exchange on so many nodes and devices of each, without room beyond the balanced load."""
     experts, devices = arguments.model.n_routed_experts, scale_out * scale_up
     if experts % devices:
         raise ConfigError(f"{devices} devices do not divide the {experts} experts of --preset {arguments.preset}: take "
                           f"a pod or mesh with {math.gcd(experts, devices)}")
     wire = Wire(dispatch="float8", combine=arguments.combine, transport=transport)
-    return Case(arguments.model, arguments.tokens, Topology(experts, scale_out, scale_up), wire,
-                arguments.capacity_factor)
+    return Case(arguments.model, arguments.tokens, Topology(experts, scale_out, scale_up), wire, 1.0)
 
 
-def choices_for(case: Case, seed: int) -> tuple[np.ndarray, RowsAToken, int]:
-    """Choices of all devices' tokens, one device after another; their rows; their rounds."""
-    experts_TK = random_choices(case.model, case.tokens * case.topology.devices, seed)
+def choices_for(arguments: Arguments, case: Case) -> tuple[np.ndarray, RowsAToken, float]:
+    """Choices of all devices' tokens, one device after another; their rows; and the room that they take or are given.
+    """
+    experts_TK = random_choices(case.model, case.tokens * case.topology.devices, arguments.seed)
     by_home = experts_TK.reshape(case.topology.devices, case.tokens, -1).swapaxes(0, 1)
-    return (experts_TK, rows_a_token(by_home.reshape(experts_TK.shape), case.topology),
-            rounds_needed(experts_TK, case.topology, case.quota))
+    counted = rows_a_token(by_home.reshape(experts_TK.shape), case.topology)
+    for twentieths in itertools.count(20):
+        factor = arguments.capacity_factor or twentieths / 20
+        rounds = rounds_needed(experts_TK, case.topology, case._replace(capacity_factor=factor).quota)
+        if rounds == 1:
+            return experts_TK, counted, factor
+        if arguments.capacity_factor:
+            raise ConfigError(f"--capacity-factor {factor}: these choices take {rounds} rounds, of which one would be "
+                              "told: raise it, or leave it out")
+    raise AssertionError
 
 
 def compiled_for(arguments: Arguments, pod: Pod) -> list[dict[str, Any]]:
     """A row for each transport and leg."""
-    told = []
+    told, (_, counted, factor) = [], choices_for(arguments, case_of(arguments, pod.domains, pod.devices_per_domain))
     for transport in arguments.transports:
-        case = case_of(arguments, pod.domains, pod.devices_per_domain, transport)
-        _, counted, rounds = choices_for(case, arguments.seed)
+        case = case_of(arguments, pod.domains, pod.devices_per_domain, transport)._replace(capacity_factor=factor)
         start = time.perf_counter()
         compiled = compile_legs(case, pod)
         say_line(f"compiled {pod} {transport} in {time.perf_counter() - start:.0f} s")
         kind = pod.hardware
         for leg in sent(case, compiled, counted):
-            told.append({"pod": str(pod), "transport": transport, "rounds": rounds, **leg._asdict(),
+            told.append({"pod": str(pod), "transport": transport, "capacity_factor": factor, **leg._asdict(),
                          "slow_ratio": leg.slow / leg.least_slow if leg.least_slow else None,
                          "fast_ratio": leg.fast / leg.least_fast if leg.least_fast else None,
                          "slow_ms": 1e3 * leg.slow / kind.scale_out.bandwidth,
@@ -141,17 +150,14 @@ def measured(arguments: Arguments) -> list[dict[str, Any]]:
     if arguments.mesh.expert_parallel == 1 or mesh.size != arguments.mesh.expert_parallel:
         raise ConfigError(f"--measure needs all {mesh.size} devices in one expert-parallel group of at least 2: set "
                           "--mesh.scale-out and --mesh.scale-up so that their product is the number of devices")
-    return [one_measured(case_of(arguments, arguments.mesh.scale_out, arguments.mesh.scale_up, transport), mesh,
-                         arguments.seed) for transport in arguments.transports]
+    return [one_measured(arguments, mesh, transport) for transport in arguments.transports]
 
 
-def one_measured(case: Case, mesh: jax.sharding.Mesh, seed: int) -> dict[str, Any]:
+def one_measured(arguments: Arguments, mesh: jax.sharding.Mesh, transport: Transport) -> dict[str, Any]:
     """Runs and checks one exchange."""
-    experts_TK, counted, rounds = choices_for(case, seed)
-    if rounds > 1:
-        raise ConfigError(f"these choices need {rounds} rounds with --capacity-factor {case.capacity_factor}, of which "
-                          "one would be timed: raise it")
-    rng = np.random.default_rng(seed)
+    case = case_of(arguments, arguments.mesh.scale_out, arguments.mesh.scale_up * arguments.mesh.context, transport)
+    experts_TK, counted, factor = choices_for(arguments, case)
+    case, rng = case._replace(capacity_factor=factor), np.random.default_rng(arguments.seed)
     hidden_TD = rng.normal(size=(len(experts_TK), case.model.hidden_size)).astype(np.float32)
     weights_TK = rng.uniform(size=experts_TK.shape).astype(np.float32)
     place = NamedSharding(mesh, ON_ALL)
@@ -170,7 +176,7 @@ def one_measured(case: Case, mesh: jax.sharding.Mesh, seed: int) -> dict[str, An
     if not error < 0.05:  # E4M3 rounds by up to 1/16, 2.6% in the mean square; a lost or foreign row costs far more
         raise RuntimeError(f"what came home differs from what was sent by {error:.1%}: the exchange is wrong")
     bytes_ = row_bytes(case.model.hidden_size, 2, case.wire)
-    return {"transport": case.wire.transport, "mesh": dict(mesh.shape), "tokens": case.tokens, "error": error,
+    return {"transport": transport, "mesh": dict(mesh.shape), "capacity_factor": factor, "error": error,
             "plan_ms": 1e3 * seconds[0], "dispatch_ms": 1e3 * seconds[1], "combine_ms": 1e3 * seconds[2],
             "dispatch_gb_s": case.tokens * counted.nodes * bytes_.dispatch / seconds[1] / 1e9,
             "combine_gb_s": case.tokens * counted.nodes * bytes_.combine / seconds[2] / 1e9}
@@ -205,18 +211,17 @@ def as_markdown(result: dict[str, Any]) -> str:
                   f"{row['dispatch_gb_s']:.2f} | {row['combine_gb_s']:.2f} | {row['error']:.1%} |"
                   for row in result["measured"]]
         return "\n".join(lines) + "\n"
-    lines += [f"{about['tokens']} tokens a device, {about['preset']}, random choices, buffers for "
-              f"{about['capacity_factor']} times the balanced load. MB (1e6 bytes) one device sends over each network; "
-              "of the least that any exchange must; milliseconds at nominal rates, one network after the other.", "",
-              "| pod | transport | leg | slow MB | of least | fast MB | of least | slow ms | fast ms |",
-              "|---|---|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {row['pod']} | {row['transport']} | {row['leg']} | {row['slow'] / 1e6:.2f} | "
+    lines += [f"{about['tokens']} tokens a device, {about['preset']}, random choices that travel in one round. Room in "
+              "buffers over the balanced load; MB (1e6 bytes) one device sends over each network, over the least that "
+              "any exchange must; milliseconds at nominal rates, one network after the other.", "",
+              "| pod | transport | room | leg | slow MB | over least | fast MB | over least | slow ms | fast ms |",
+              "|---|---|---:|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {row['pod']} | {row['transport']} | {row['capacity_factor']:.2f} | {row['leg']} | "
+              f"{row['slow'] / 1e6:.2f} | "
               f"{as_ratio(row['slow_ratio'])} | {row['fast'] / 1e6:.2f} | {as_ratio(row['fast_ratio'])} | "
               f"{row['slow_ms']:.3f} | {row['fast_ms']:.3f} |" for row in result["compiled"]]
-    rounds = sorted({row["rounds"] for row in result["compiled"]})
-    lines += ["", f"Rounds that these choices take: {', '.join(map(str, rounds))}.", "",
-              f"DeepEP on H800, {DEEPEP_TOKENS} tokens of DeepSeek-V3's shape (paper 1, figure 7), and the time its "
-              "rates mean:", "",
+    lines += ["", f"DeepEP on H800, {DEEPEP_TOKENS} tokens of DeepSeek-V3's shape (paper 1, figure 7), and the time "
+              "its rates mean:", "",
               "| GPUs | dispatch GB/s | combine GB/s | dispatch ms | combine ms |", "|---:|---:|---:|---:|---:|"]
     lines += [f"| {row['gpus']} | {row['dispatch_gb_s']:.2f} | {row['combine_gb_s']:.2f} | {row['dispatch_ms']:.2f} | "
               f"{row['combine_ms']:.2f} |" for row in result["deepep"]]
@@ -237,10 +242,9 @@ def main() -> None:
         else:
             jax.config.update("jax_platforms", "cpu")  # compiled for pods; no accelerator is touched
         for pod in pods:  # what is not installed or does not divide is told before anything compiles
-            case_of(arguments, pod.domains, pod.devices_per_domain, "padded")
+            case_of(arguments, pod.domains, pod.devices_per_domain)
             pod_devices(pod)
-        result: dict[str, Any] = {"about": {**provenance(), "preset": arguments.preset, "tokens": arguments.tokens,
-                                            "capacity_factor": arguments.capacity_factor}}
+        result: dict[str, Any] = {"about": {**provenance(), "preset": arguments.preset, "tokens": arguments.tokens}}
         if arguments.measure:
             result["measured"] = measured(arguments)
         else:

@@ -76,7 +76,7 @@ def parse(text: str) -> Program:
         raise ValueError("the program's text is not a schedule (no is_scheduled=true in its first line)")
     computations: dict[str, Computation] = {}
     entry, lines = "", {}
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line.startswith(" "):
             found = _LINE.match(line)
             if found:
@@ -88,6 +88,18 @@ def parse(text: str) -> Program:
     if not entry:
         raise ValueError("the program's text has no ENTRY computation")
     return Program(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines of a program, those of instructions whole: what a kernel's author attached may have line breaks."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith(" ") and line and line != "}" and not line.startswith(" "):
+            whole += line
+            continue
+        yield whole
+        whole = line
+    yield whole
 
 
 def _instruction(line: str, found: re.Match[str]) -> Instruction:

@@ -47,7 +47,7 @@ def test_compiles_for_a_pod():
     (["--pods", "h100:3x8"], "24 devices do not divide the 16 experts of --preset tiny: take a pod or mesh with 8"),
     (["--measure"], "--measure needs all 8 devices in one expert-parallel group of at least 2"),
     (["--measure", "--mesh.scale-out", "2", "--mesh.scale-up", "2", "--mesh.simulate-devices", "4",
-      "--capacity-factor", "1"], "rounds with --capacity-factor 1.0, of which one would be timed: raise it")])
+      "--capacity-factor", "1"], "--capacity-factor 1.0: these choices take")])
 def test_what_cannot_run_is_told_first(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2

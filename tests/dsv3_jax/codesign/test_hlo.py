@@ -263,3 +263,22 @@ ENTRY %main () -> {result} {{
 """
     found = [matrix_flops(computation, line) for computation, line, _ in Walk(parse(text), {}).instructions()]
     assert sum(found) == flops
+
+
+def test_an_instruction_may_span_lines():
+    """As a kernel of several devices does on TPU."""
+    program = parse("""HloModule m, is_scheduled=true
+
+%first (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0), metadata={op_name="first"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %sent = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"mesh_axes":"[\\"scale_up\\"]"
+}}, metadata={op_name="jit(f)/all_to_all_dispatch/pallas_call"}, backend_config={}
+}
+""")
+    assert program.computations["main"]["sent"].op_name == "jit(f)/all_to_all_dispatch/pallas_call"
+    assert {name: list(lines) for name, lines in program.computations.items()} == {"first": ["p"], "main": ["a", "sent"]}

@@ -50,7 +50,7 @@ def arguments(devices: int):
 
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)], ids=str)
 def test_transports_agree_in_float8(sizes, monkeypatch):
-    """Bit for bit. (In float32 the whole layer's test tells it, tests/dsv3_jax/nn/test_moe.py. The Pallas kernels
+    """Bit for bit. (In float32 the whole layer's slow tests tell it, tests/dsv3_jax/nn/test_moe.py. The Pallas kernels
     themselves are compared with their reference where they are tested.)"""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     topology, spread = Topology(EXPERTS, *sizes), P(EXPERT_AXES)

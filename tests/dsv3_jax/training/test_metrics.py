@@ -53,6 +53,7 @@ def _record(metrics: StepMetrics) -> dict:
                        flops_per_token=1.0, bytes_per_row=loop._bytes_per_row(RUN))
 
 
+@pytest.mark.slow
 def test_step_tells_what_it_sends():
     """2 nodes of 4 devices, each with 2 experts and 16 tokens of a micro-batch; a device takes 9 choices of each sender
     in a round.
