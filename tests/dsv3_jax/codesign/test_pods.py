@@ -40,7 +40,7 @@ def test_a_shape_that_the_compiler_refuses():
 def test_missing_compiler_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs libtpu: pip install 'dsv3-jax\[aot\]'"):
-        pod_devices(parse_pod("v5p:2x2x1"))
+        pod_devices.__wrapped__(parse_pod("v5p:2x2x1"))  # other tests of this process may have asked before
 
 
 @pytest.mark.parametrize(("model", "pod", "scale_out", "scale_up"), [
