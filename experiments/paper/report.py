@@ -80,12 +80,13 @@ class Output:
     """Print one JSON array of {item, paper, ours, ratio, note}."""
 
 
-def run(section: Callable[[], Section], about: str) -> None:
-    """A script without options of its own."""
+def run(section: Callable[..., Section], about: str, options: type[Output] = Output) -> None:
+    """A script. One with options of its own has them in a dataclass beside those of `Output`, and `section` takes it.
+    """
     def main() -> None:
-        output = tyro.cli(Output, description=about)
+        output = tyro.cli(options, description=about)
         with standard_output_for_json(output.json) as write_json:
-            made = section()
+            made = section() if options is Output else section(output)
             tell(made, output)
             write_json([item.as_json() for item in made.items])
     finish(main)
