@@ -26,7 +26,8 @@ def case(transport: str, scale_out: int = 2, scale_up: int = 4) -> Case:
     return Case(MODEL, TOKENS, Topology(16, scale_out, scale_up), Wire("float8", transport=transport), 1.0)
 
 
-@pytest.mark.parametrize("transport", ["padded", "ragged", "pallas"])
+@pytest.mark.parametrize("transport", ["padded", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("ragged", "pallas"))])
 def test_bytes_in_the_program_are_those_of_the_rows(transport):
     """Where buffers are full, all transports send the same, over both networks: what the plan counts and no more."""
     compiled = compile_legs(case(transport), parse_pod("h100:2x4"))
