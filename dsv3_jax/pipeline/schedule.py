@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from dsv3_jax.config import ConfigError
+
 Kind = Literal["F", "B", "I", "W"]
 """Forward; whole backward; its part for inputs; its part for weights."""
 
@@ -43,6 +45,12 @@ class Schedule(NamedTuple):
     @property
     def micro_batches(self) -> int:
         return len(self.routes)
+
+    @property
+    def share(self) -> float:
+        """A stage's part of the layers that a rank would have if each had one stage: 1 / 2 where there are two stages
+        for each rank."""
+        return self.ranks / self.stages
 
 
 class Timed(NamedTuple):
@@ -88,6 +96,23 @@ def before(schedule: Schedule, work: Work) -> list[Work]:
     return [Work("F", m, stage), *([Work("I", m, stage + 1)] if stage + 1 < schedule.stages else [])]
 
 
+def check(schedule: Schedule, most_activations: int | None = None) -> None:
+    """Raises if a schedule can't run or keeps too much.
+
+    Args:
+      most_activations: stage inputs that a rank may keep at once.
+
+    Raises:
+      ValueError: as `run`.
+      ConfigError: a rank keeps more; says how many and what to allow.
+    """
+    run(schedule, lambda rank, slot: 1.0)
+    peaks = peak_activations(schedule)
+    if most_activations is not None and max(peaks) > most_activations:
+        raise ConfigError(f"schedule {schedule.name}: rank {peaks.index(max(peaks))} keeps {max(peaks)} stage inputs "
+                          f"at once, more than most_activations ({most_activations}): allow {max(peaks)}")
+
+
 def run(schedule: Schedule, duration: Callable[[int, Slot], float], transfer: float = 0.0) -> Timeline:
     """Every slot as early as its rank and what it depends on allow.
 
@@ -116,7 +141,7 @@ def _advance(schedule: Schedule, rank: int, duration: Callable[[int, Slot], floa
     """Runs the slots of a rank until one must wait for another rank; whether any ran."""
     began = len(timed[rank])
     for slot in schedule.slots[rank][began:]:
-        needed = [need for work in slot for need in before(schedule, work) if need not in slot]
+        needed = [need for work in slot for need in before(schedule, work)]
         if any(need not in done for need in needed):
             break
         ready = [end + transfer * (at != rank) for end, at in (done[need] for need in needed)]
@@ -140,6 +165,9 @@ def _check_work(schedule: Schedule) -> None:
         for part in (part for slot in slots for work in slot for part in _parts(work)):
             if part in seen:
                 raise ValueError(f"{schedule.name}: rank {rank} does {part} a second time")
+            if not (0 <= part.micro_batch < schedule.micro_batches and 0 <= part.stage < schedule.stages):
+                raise ValueError(f"{schedule.name}: rank {rank} does {part}, and there are {schedule.micro_batches} "
+                                 f"micro-batches and {schedule.stages} stages")
             planned = schedule.routes[part.micro_batch][part.stage]
             if planned != rank:
                 raise ValueError(f"{schedule.name}: {part} is for rank {planned}, not {rank}")
@@ -149,15 +177,15 @@ def _check_work(schedule: Schedule) -> None:
         raise ValueError(f"{schedule.name}: {missing} pieces of work are missing")
 
 
-def peak_activations(schedule: Schedule, timeline: Timeline) -> list[int]:
-    """Stages' inputs that each rank keeps at most: from the forward to the end of the backward, its weights' part
-    included."""
+def peak_activations(schedule: Schedule) -> list[int]:
+    """Stage inputs that each rank keeps at most: from the forward to the end of the backward, its weights' part
+    included. The order alone decides it, not how long anything takes."""
     peaks = []
-    for rank in timeline.ranks:
+    for slots in schedule.slots:
         held = peak = 0
-        for timed in rank:
-            held += sum(work.kind == "F" for work in timed.slot)
+        for slot in slots:
+            held += sum(work.kind == "F" for work in slot)
             peak = max(peak, held)
-            held -= sum(work.kind in "BW" for work in timed.slot)
+            held -= sum(work.kind in "BW" for work in slot)
         peaks.append(peak)
     return peaks
