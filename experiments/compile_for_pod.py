@@ -25,6 +25,7 @@ import tyro
 
 from dsv3_jax.codesign.aot import DoesNotFit, PodReport, checked_mesh, compile_for_pod
 from dsv3_jax.codesign.fitting import GIB, first_that_fits, search
+from dsv3_jax.codesign.hardware_file import load_hardware
 from dsv3_jax.codesign.pods import Pod, default_mesh, parse_pod
 from dsv3_jax.config import ConfigError, RunConfig, named
 from dsv3_jax.presets import LAYOUTS, RUNS
@@ -39,6 +40,8 @@ class Arguments:
     preset: Annotated[str, tyro.conf.arg(help=f"Model, recipe and layout: {', '.join(RUNS)}.")] = "deepseek_v3_h800"
     pod: str | None = None
     """Hardware and shape, such as h800:256x8 or v5p:4x4x4,slices=4; None: the preset's own pod."""
+    hardware: Path | None = None
+    """A TOML file of your own hardware (see dsv3_jax/codesign/hardware_file.py), whose name --pod may then use."""
     search: bool = False
     """Find the largest micro-batch that fits for each level of recomputation."""
     remedies: bool = True
@@ -63,7 +66,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # compiled for the pod; nothing runs, and no accelerator is touched
     if arguments.pod is None and arguments.preset not in LAYOUTS:
         raise ConfigError(f"--preset {arguments.preset} has no pod of its own: name one, such as --pod h800:256x8")
-    pod = parse_pod(arguments.pod or LAYOUTS[arguments.preset].pod)
+    own = None if arguments.hardware is None else load_hardware(arguments.hardware)
+    pod = parse_pod(arguments.pod or LAYOUTS[arguments.preset].pod, own)
     config = dataclasses.replace(arguments.config,
                                  mesh=default_mesh(arguments.config.model, pod, arguments.config.mesh))
     with standard_output_for_json(arguments.json) as write_json:

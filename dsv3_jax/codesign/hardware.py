@@ -1,5 +1,8 @@
 """The machines that plans, compilations and network models are made for, one JAX device at a time.
 
+One's own come from a file (`hardware_file`), networks and buses by name are in `links`, PCs and servers that decode for
+one person in `local_machines`.
+
 Units: bytes, bytes/s, FLOP/s (integer operations/s for int8) and seconds. A rate of a link is one way. Datasheets
 that print a chip, a node, both directions, Gbit/s or structured sparsity are converted where the number stands.
 """
@@ -10,22 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsv3_jax.codesign.links import LINKS, Link
 from dsv3_jax.config import ConfigError, named
 
 _GIB = 2 ** 30
-
-
-@dataclass(frozen=True)
-class Link:
-    """What one JAX device can send into one network."""
-
-    bandwidth: float
-    """Bytes/s in one direction, all links of the device together, nominal."""
-    effective: float
-    """Bytes/s reached in practice; the nominal figure where none is published."""
-    latency: float | None
-    """Seconds for a small message from end to end; on a torus between neighbours, so once for each hop."""
-    name: str
 
 
 @dataclass(frozen=True)
@@ -52,22 +43,9 @@ class Hardware:
     largest_scale_up: int
     """Most JAX devices one fast domain holds."""
     source: str
+    compiles_as: str | None = None
+    """The entry of `HARDWARE` whose compiler target serves a machine of one's own; None: the one of this name."""
 
-
-# One ConnectX-7 NIC of 400 Gbit/s a GPU: H800 in paper 1 section 4.1; DGX H100, H200 and B200 (eight a system) in
-# NVIDIA's DGX BasePOD reference architecture; DGX GB200 (four a tray of four GPUs) in its user guide. 40 GB/s reached:
-# paper 1 section 4.1, on H800; taken for the others, which have the same NIC. 3.7 us across leaves (2.8 us on one
-# leaf): paper 1 table 5.
-_CX7 = Link(50e9, 40e9, 3.7e-6, "InfiniBand CX7 400G")
-
-# H800: 400 GB/s both ways, about 160 of the 200 one way reached (paper 1 section 4.1); 3.33 us (table 5).
-_NVLINK4_H800 = Link(200e9, 160e9, 3.33e-6, "NVLink 4")
-# H100, H200: 900 GB/s both ways, 18 links (datasheets); about 370 of the 450 one way reached by all-reduces on eight
-# H100 (jax-ml scaling book, part 12). Latency: none published, H800's, which has the same generation at fewer bytes/s.
-_NVLINK4 = Link(450e9, 370e9, 3.33e-6, "NVLink 4")
-# B200, GB200: 1.8 TB/s both ways, 18 links (datasheets; paper 1 section 2.3.2 has 900 GB/s one way for NVL72). What is
-# reached and the latency: not published.
-_NVLINK5 = Link(900e9, 900e9, None, "NVLink 5")
 
 # Hopper's tensor cores, SXM module, in H800, H100 and H200 alike: NVIDIA's H100 architecture white paper, without
 # sparsity. H800's cuts are FP64 and NVLink (paper 1 section 4.1); its MFU is against 988 TFLOP/s (table 4, 432 at
@@ -90,14 +68,14 @@ _ALL = (
         name="h800", kind="gpu", device_kind="NVIDIA H800",
         hbm_bytes=84_942_979_072,  # not published; H100's, which has the same 80 GB of HBM3
         hbm_bandwidth=3.35e12,  # likewise
-        peak_flops=_HOPPER_FLOPS, scale_up=_NVLINK4_H800, scale_out=_CX7, torus=0, devices_per_chip=1,
-        largest_scale_up=8,  # paper 1 section 4.1
+        peak_flops=_HOPPER_FLOPS, scale_up=LINKS["nvlink4_h800"], scale_out=LINKS["ib_cx7"], torus=0,
+        devices_per_chip=1, largest_scale_up=8,  # paper 1 section 4.1
         source="arXiv 2505.09343 section 4.1 and table 5; NVIDIA H100 datasheet and white paper for what H800 shares"),
     Hardware(
         name="h100", kind="gpu", device_kind="NVIDIA H100",
         hbm_bytes=84_942_979_072,  # OpenXLA target_config/specs/h100_sxm (81,559 MiB before the driver's part)
         hbm_bandwidth=3.35e12,  # datasheet, SXM
-        peak_flops=_HOPPER_FLOPS, scale_up=_NVLINK4, scale_out=_CX7, torus=0, devices_per_chip=1,
+        peak_flops=_HOPPER_FLOPS, scale_up=LINKS["nvlink4"], scale_out=LINKS["ib_cx7"], torus=0, devices_per_chip=1,
         largest_scale_up=8,  # DGX and HGX H100
         source="NVIDIA H100 datasheet (SXM) and white paper; DGX BasePOD; OpenXLA GPU specs; scaling book part 12"),
     Hardware(
@@ -106,7 +84,7 @@ _ALL = (
         # 143,771 MiB. OpenXLA's h200 spec has 141 GiB, more than a process can have.
         hbm_bytes=int(139.80 * _GIB),
         hbm_bandwidth=4.8e12,  # datasheet, SXM
-        peak_flops=_HOPPER_FLOPS, scale_up=_NVLINK4, scale_out=_CX7, torus=0, devices_per_chip=1,
+        peak_flops=_HOPPER_FLOPS, scale_up=LINKS["nvlink4"], scale_out=LINKS["ib_cx7"], torus=0, devices_per_chip=1,
         largest_scale_up=8,  # DGX and HGX H200
         source="NVIDIA H200 datasheet (SXM); DGX BasePOD; capacity as CUDA reports it"),
     Hardware(
@@ -115,7 +93,7 @@ _ALL = (
         hbm_bandwidth=8.0e12,  # DGX B200 datasheet: 64 TB/s for eight
         # HGX B200 datasheet at 1,000 W; its figures with sparsity, halved.
         peak_flops={"bf16": 2250e12, "fp8": 4500e12, "int8": 4500e12},
-        scale_up=_NVLINK5, scale_out=_CX7, torus=0, devices_per_chip=1,
+        scale_up=LINKS["nvlink5"], scale_out=LINKS["ib_cx7"], torus=0, devices_per_chip=1,
         largest_scale_up=8,  # DGX and HGX B200
         source="NVIDIA HGX B200 and DGX B200 datasheets; DGX BasePOD; OpenXLA GPU specs"),
     Hardware(
@@ -124,7 +102,7 @@ _ALL = (
         hbm_bandwidth=8.0e12,  # datasheet: 576 TB/s for 72
         # Datasheet: 360, 720 and 720 P(FL)OP/s with sparsity for 72; halved.
         peak_flops={"bf16": 2500e12, "fp8": 5000e12, "int8": 5000e12},
-        scale_up=_NVLINK5, scale_out=_CX7, torus=0, devices_per_chip=1,
+        scale_up=LINKS["nvlink5"], scale_out=LINKS["ib_cx7"], torus=0, devices_per_chip=1,
         largest_scale_up=72,  # one rack
         source="NVIDIA GB200 NVL72 datasheet; DGX GB200 user guide; OpenXLA GPU specs"),
     # TPU: Google Cloud's system page of each. hbm_bytes is the "available HBM" of libtpu's out-of-memory error when

@@ -25,8 +25,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dsv3_jax.codesign.collectives import Layout
-from dsv3_jax.codesign.hardware import HARDWARE, Hardware, hardware
-from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig
+from dsv3_jax.codesign.hardware import HARDWARE, Hardware
+from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, named
 from dsv3_jax.mesh import AXES, fast_domain, make_mesh
 
 _EXAMPLES = "for example h800:256x8 (nodes x GPUs), v5p:8x8x8 or v5p:4x4x4,slices=4 (chips of a slice)"
@@ -67,16 +67,18 @@ class Pod(NamedTuple):
                 + (f",slices={self.slices}" if self.slices > 1 else ""))
 
 
-def parse_pod(text: str) -> Pod:
-    """Reads a pod's name.
+def parse_pod(text: str, own: Hardware | None = None) -> Pod:
+    """Reads a pod's name; it may also name `own` hardware, of a file (`hardware_file.load_hardware`).
 
     Raises:
       ConfigError: unknown hardware, or a shape that the hardware cannot have.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:,slices=(\d+))?", text)
+    known = HARDWARE | ({own.name: own} if own is not None else {})
     if found is None:
-        raise ConfigError(f"--pod {text} is not HARDWARE:SHAPE: write {_EXAMPLES}. Hardware: {', '.join(HARDWARE)}")
-    kind, shape, slices = hardware(found.group(1)), tuple(map(int, found.group(2).split("x"))), int(found.group(3) or 1)
+        raise ConfigError(f"--pod {text} is not HARDWARE:SHAPE: write {_EXAMPLES}. Hardware: {', '.join(known)}")
+    kind = named(known, found.group(1), "hardware")
+    shape, slices = tuple(map(int, found.group(2).split("x"))), int(found.group(3) or 1)
     if min(shape) < 1 or slices < 1:
         raise ConfigError(f"--pod {text}: every size must be at least 1")
     if kind.kind == "gpu":
@@ -101,9 +103,13 @@ def pod_devices(pod: Pod) -> tuple[Any, ...]:
 
     Raises:
       ImportError: the extra `aot` is not installed.
-      ConfigError: the compiler knows no such topology.
+      ConfigError: the compiler knows no such topology, or no such hardware.
     """
     _require_compiler(pod.hardware)
+    target = pod.hardware.compiles_as or pod.hardware.name
+    if target not in HARDWARE:
+        raise ConfigError(f"--pod {pod}: no compiler knows {target}; write based_on = the nearest of "
+                          f"{', '.join(HARDWARE)} into its file to compile as for that")
     _prepare_environment()
     settings: dict[str, Any]
     if pod.hardware.kind == "gpu":
@@ -111,7 +117,7 @@ def pod_devices(pod: Pod) -> tuple[Any, ...]:
         # Slices x hosts x devices; every fast domain is a host here.
         settings = {"target_config": _gpu_target(pod.hardware), "topology": f"1x{pod.shape[0]}x{pod.shape[1]}"}
     else:
-        name = f"{pod.hardware.name}:{'x'.join(map(str, pod.shape))}"
+        name = f"{target}:{'x'.join(map(str, pod.shape))}"
         settings = {"num_slices": pod.slices} if pod.slices > 1 else {}
     platform = "cuda" if pod.hardware.kind == "gpu" else "tpu"
     try:
@@ -177,7 +183,7 @@ def _prepare_environment() -> None:
 
 def _gpu_target(kind: Hardware) -> str:
     """The text of XLA's GpuTargetConfig for a card."""
-    cores, cache, clock, capability = _GPU_CORES[kind.name]
+    cores, cache, clock, capability = _GPU_CORES[kind.compiles_as or kind.name]
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
