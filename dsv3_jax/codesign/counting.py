@@ -78,5 +78,10 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, causal: 
     window = min(config.attention_window or sequence_length, sequence_length)
     # The band of W keys less the triangle that the first tokens lack; the whole triangle, T/2, without a window.
     keys = window * (1 - window / (2 * sequence_length)) if causal else window
-    attention = 2 * config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * keys
+    attention = attention_flops_per_token(config.num_attention_heads, config.qk_head_dim, config.value_head_dim, keys)
     return 6.0 * weights + 3.0 * attention * (config.num_hidden_layers + depth)
+
+
+def attention_flops_per_token(heads: int, key_width: int, value_width: int, keys: float) -> float:
+    """Forward FLOPs of one token's scores and values in one layer, with `keys` tokens on average."""
+    return 2.0 * heads * (key_width + value_width) * keys
