@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig
 
@@ -140,7 +140,7 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], table: dict[str, t
     return PartitionSpec(*spec)
 
 
-def shardings(state: Any, mesh: Mesh, table: dict[str, tuple[str, ...]] = STORAGE) -> Any:
+def shardings(state: Any, mesh: Mesh | AbstractMesh, table: dict[str, tuple[str, ...]] = STORAGE) -> Any:
     """`NamedSharding`s for a tree of `nnx.Variable`s, each with `axes` metadata; the same tree structure.
 
     A value may be several arrays with these axes, as float8 and its scales; each is laid out for its own shape.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import math
 import re
 import resource
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.codesign.collectives import Collective, collectives
@@ -33,11 +31,11 @@ from dsv3_jax.codesign.hlo import (
     parse,
     shape_bytes,
 )
+from dsv3_jax.codesign.memory import state_bytes
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
-from dsv3_jax.mesh import COMPUTE, STORAGE, check_batch, shardings
+from dsv3_jax.mesh import check_batch
 from dsv3_jax.nn.moe import expert_tile
-from dsv3_jax.training.state import abstract_state
 from dsv3_jax.training.step import compile_train_step
 
 PASSES = ("forward", "recomputation", "backward", "other")
@@ -319,22 +317,9 @@ def _totals(found: list[Collective], pod: Pod, peak: float) -> list[CollectiveTo
 def memory_by_kind(config: RunConfig, mesh: Mesh, temporary: int) -> dict[str, int]:
     """Bytes of one device. Exact for the state; of the temporaries, compute weights and summed gradients follow from
     their layouts, and the rest is activations, communication buffers and workspace together."""
-    state = abstract_state(config, mesh)
-
-    def held(tree: Any) -> int:
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                   for leaf in jax.tree.leaves(tree))
-    in_use = shardings(state.params, mesh, STORAGE if config.mesh.zero == "full" else COMPUTE)
-    compute = gradients = 0
-    for (_, variable), (_, use) in zip(nnx.to_flat_state(state.params), nnx.to_flat_state(in_use), strict=True):
-        weight = variable.get_value()
-        size = 4 if config.precision == "float32" or variable.get_metadata("float32") else 2
-        compute += size * math.prod(use.get_value().shard_shape(weight.shape))
-        if config.batch.micro_batches > 1:
-            gradients += 4 * math.prod(weight.sharding.shard_shape(weight.shape))
-    return {"weights": held(state.params), "optimizer": held(state.optimizer), "average": held(state.ema),
-            "compute_weights": compute, "summed_gradients": gradients,
-            "activations_and_buffers": max(0, temporary - compute - gradients)}
+    state = state_bytes(config, mesh)
+    made = state["compute_weights"] + state["summed_gradients"]
+    return {**state, "activations_and_buffers": max(0, temporary - made)}
 
 
 _NO_BUFFER = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import shardings
@@ -47,7 +47,7 @@ def _state_of(config: RunConfig, params: nnx.State, router_bias: nnx.State) -> T
                       ema, jax.random.key_data(jax.random.key(config.seed)))
 
 
-def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
+def state_shardings(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """A tree like `new_state` with the sharding of every leaf: ZeRO for all that has named axes, else replicated."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -69,7 +69,7 @@ def init_state_from(config: RunConfig, mesh: Mesh, params: nnx.State, router_bia
     return start(params, router_bias)
 
 
-def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without data: what to restore into, or to compile for."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         jax.eval_shape(lambda: new_state(config)), state_shardings(config, mesh))
