@@ -37,7 +37,12 @@ def random_choices(model: ModelConfig, tokens: int, seed: int) -> np.ndarray:
 
 
 def rows_a_token(experts_TK: np.ndarray, topology: Topology) -> RowsAToken:
-    """Counts of choices [T, K]; token t lives on device t modulo their number."""
+    """Means of `rows_of_tokens`."""
+    return RowsAToken(*(float(counts_T.mean()) for counts_T in rows_of_tokens(experts_TK, topology)))
+
+
+def rows_of_tokens(experts_TK: np.ndarray, topology: Topology) -> tuple[np.ndarray, ...]:
+    """int [T] for each field of `RowsAToken`, of choices [T, K]; token t lives on device t modulo their number."""
     tokens = len(experts_TK)
     home_T = np.arange(tokens) % topology.devices
     device_TK = experts_TK // topology.experts_per_device
@@ -48,10 +53,8 @@ def rows_a_token(experts_TK: np.ndarray, topology: Topology) -> RowsAToken:
     own_node_T, own_up_T = home_T // topology.scale_up, home_T % topology.scale_up
     other_node_TN = np.arange(topology.scale_out) != own_node_T[:, None]
     other_up_TM = np.arange(topology.devices) % topology.scale_up != own_up_T[:, None]
-    return RowsAToken(float(node_TN.sum() / tokens),
-                      float((device_TK // topology.scale_up != own_node_T[:, None]).sum() / tokens),
-                      float((node_TN & other_node_TN).sum() / tokens),
-                      float((device_TM & other_up_TM).sum() / tokens))
+    return (node_TN.sum(axis=1), (device_TK // topology.scale_up != own_node_T[:, None]).sum(axis=1),
+            (node_TN & other_node_TN).sum(axis=1), (device_TM & other_up_TM).sum(axis=1))
 
 
 def rounds_needed(experts_TK: np.ndarray, topology: Topology, quota: Quota) -> int:
