@@ -29,7 +29,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsv3_jax.codesign.hardware import HARDWARE, Hardware
+from dsv3_jax.codesign.hardware import HARDWARE, Hardware, hardware
 from dsv3_jax.codesign.links import LINKS, Link
 from dsv3_jax.codesign.toml_fields import Fields
 from dsv3_jax.config import named
@@ -39,6 +39,11 @@ _FIELDS = ("name", "based_on", "kind", "source", "hbm_bytes", "hbm_bandwidth", "
 _FORMATS = ("bf16", "fp8", "int8")
 LEAST_BANDWIDTH, LEAST_BYTES, LEAST_FLOPS = 1e6, 2 ** 20, 1e9
 """Less is a number in other units: GB/s, GB or TFLOP/s."""
+
+
+def find_hardware(name: str) -> Hardware:
+    """The entry of that name, or of the file of that name if it ends in .toml: what a script's --hardware takes."""
+    return load_hardware(name) if name.endswith(".toml") else hardware(name)
 
 
 def load_hardware(path: Path | str) -> Hardware:

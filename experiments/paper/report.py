@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
 from experiments.command_line import finish, provenance, standard_output_for_json, write_report
@@ -50,11 +51,15 @@ def as_markdown(section: Section, level: int = 1) -> str:
     """Heading, text, table and figures, which are looked for beside the page."""
     lines = [f"{'#' * level} {section.title}", "", section.text, "",
              "| what | paper | ours | ratio | note |", "|---|---:|---:|---:|---|"]
-    lines += [f"| {item.item} | {_number(item.paper)} | {_number(item.ours)} | "
-              f"{'' if item.ratio is None else f'{item.ratio:.3f}'} | {item.note} |" for item in section.items]
+    lines += [f"| {' | '.join((item.item, *shown(item), item.note))} |" for item in section.items]
     for name, _ in section.figures:
         lines += ["", f"![{name}]({name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def shown(item: Item) -> tuple[str, str, str]:
+    """Paper, ours and ratio as they are printed."""
+    return _number(item.paper), _number(item.ours), "" if item.ratio is None else f"{item.ratio:.3f}"
 
 
 def _number(value: float | None) -> str:
@@ -82,13 +87,17 @@ class Output:
 
 def run(section: Callable[..., Section], about: str, options: type[Output] = Output) -> None:
     """A script. One with options of its own has them in a dataclass beside those of `Output`, and `section` takes it.
+
+    Pages are calculated: no accelerator is touched.
     """
     def main() -> None:
         output = tyro.cli(options, description=about)
+        jax.config.update("jax_platforms", "cpu")
         with standard_output_for_json(output.json) as write_json:
             made = section() if options is Output else section(output)
             tell(made, output)
             write_json([item.as_json() for item in made.items])
+
     finish(main)
 
 
