@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.presets import LAYOUTS
+from dsv3_jax.codesign.step_flops import flops_by_cause
+from dsv3_jax.presets import LAYOUTS, RUNS
 
 ROOT = Path(__file__).parents[2]
 GIB = 2 ** 30
@@ -31,7 +32,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-up", "16"],
      "does not fit inside one fast domain"),
     (["--preset", "deepseek_v3", "--pod", "h800:256x8"], "must be divisible by the 2048 devices that share a batch"),
-    (["--preset", "tinny", "--pod", "h100:2x4"], "did you mean tiny?")])
+    (["--preset", "tinny", "--pod", "h100:2x4"], "did you mean tiny?"),
+    (["--pod", "mine:2x8", "--hardware", "no_such.toml"], "no_such.toml: cannot be read")])
 def test_mistakes_are_told_in_one_line_before_compiling(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
@@ -54,4 +56,6 @@ def test_deepseek_v3_fits_the_pod_its_layout_is_for(preset, minutes):
     assert told["host_peak_bytes"] < 8 * GIB
     assert told["counted_once"] == []
     causes = told["flops_per_token_by_cause"]
+    calculated = flops_by_cause(RUNS[preset])
+    assert {name: causes[name] for name in calculated} == pytest.approx(calculated, rel=1e-6)
     assert abs(causes["other"]) < 0.02 * causes["model"]

@@ -19,6 +19,8 @@ import pytest
 from dsv3_jax.codesign.aot import CollectiveTotal, PodReport, checked_mesh, compile_for_pod, report
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.pods import parse_pod
+from dsv3_jax.codesign.step_flops import flops_by_cause
+from dsv3_jax.codesign.step_traffic import exchange_traffic
 from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
 from dsv3_jax.presets import RUNS
 
@@ -75,6 +77,11 @@ def test_two_slices():
     assert report.slow_seconds > 0
     hops = {total.axis: total.bytes for total in report.collectives if total.kind == "all-to-all"}
     assert hops == _bytes_of_dispatch_and_combine()
+    # What is calculated without a compiler, for the level that recomputes most.
+    assert exchange_traffic(RUN, 16) == (hops["scale_out"], hops["scale_up"])
+    calculated = flops_by_cause(RUN)
+    found = {name: report.flops_per_token_by_cause[name] for name in calculated}
+    assert found == pytest.approx(calculated, rel=0.01)
 
 
 def _bytes_of_dispatch_and_combine() -> dict[str, float]:
