@@ -147,7 +147,12 @@ def _over_cables(cluster: Cluster, legs: Legs, policy: Policy, seed: int, paths:
     if policy == "static":
         return paths.one_way(start, end, _place(cluster)[legs.target_N].astype(np.uint64), table=True)
     if policy == "ecmp":
-        choice = hashed(seed, legs.source_N, legs.target_N, np.arange(len(start)))
+        # The parts of one flow between two NICs differ by their order among the flow's legs.
+        order = np.argsort(legs.flow_N, kind="stable")
+        count_F = np.bincount(legs.flow_N)
+        turn = np.empty(len(order), int)
+        turn[order] = np.arange(len(order)) - np.repeat(np.cumsum(count_F) - count_F, count_F)
+        choice = hashed(seed, legs.source_N, legs.target_N, legs.flow_N, turn)
         return paths.one_way(start, end, choice, table=False)
     raise ConfigError(f"policy ({policy}) must be ecmp, adaptive or static")
 
