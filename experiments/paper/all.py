@@ -18,10 +18,21 @@ import jax
 import tyro
 
 from experiments.command_line import finish, provenance, say_line, standard_output_for_json, write_report
-from experiments.paper import decode_limits, local_deployment, memory_and_compute
+from experiments.paper import (
+    contention,
+    decode_limits,
+    failures,
+    local_deployment,
+    memory_and_compute,
+    network_flows,
+    networks,
+    offload,
+    ordering,
+)
 from experiments.paper.report import Output, Section, as_markdown, draw_figures, shown
 
-SCRIPTS = (memory_and_compute, decode_limits, local_deployment)
+SCRIPTS = (memory_and_compute, local_deployment, decode_limits, networks, network_flows, contention, offload, ordering,
+           failures)
 """In the order of the page; each has a function `section()`."""
 TITLE = "Insights into DeepSeek-V3 (arXiv 2505.09343), as running experiments"
 

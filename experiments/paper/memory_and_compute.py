@@ -174,7 +174,7 @@ def compiled_layouts() -> dict[str, tuple[Predicted, dict[str, Any]]]:
 def own_layout(options: Options) -> tuple[str, Predicted] | None:
     """The layout that was asked for."""
     if options.preset is None:
-        if any(getattr(options, field.name) is not None for field in dataclasses.fields(Options)):
+        if options != Options(out=options.out, json=options.json):
             raise ConfigError("--preset is missing: name what to lay out, such as deepseek_v3_h800")
         return None
     config = named(RUNS, options.preset, "--preset")

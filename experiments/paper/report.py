@@ -75,7 +75,7 @@ def draw_figures(section: Section, folder: Path) -> None:
         draw().savefig(folder / f"{name}.png", dpi=110)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """Options of every script here."""
 

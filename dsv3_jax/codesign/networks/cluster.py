@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dsv3_jax.codesign.hardware import Hardware
-from dsv3_jax.codesign.networks.checks import at_least, positive
+from dsv3_jax.codesign.checks import at_least, positive
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.config import ConfigError
 
@@ -31,7 +31,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            positive(field.name, getattr(self, field.name))
+            positive(**{field.name: getattr(self, field.name)})
 
     @staticmethod
     def of(hardware: Hardware, rates: Literal["nominal", "effective"] = "effective") -> Rates:
@@ -52,7 +52,7 @@ class Cluster:
     node_size: int = 8
 
     def __post_init__(self) -> None:
-        at_least("node_size", self.node_size)
+        at_least(1, node_size=self.node_size)
         if self.network.endpoints % self.node_size:
             raise ConfigError(f"endpoints ({self.network.endpoints}) must be whole nodes of node_size "
                               f"({self.node_size})")

@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import not_negative, positive
+from dsv3_jax.codesign.checks import not_negative, positive
 from dsv3_jax.codesign.networks.inventory import TABLE_3, Inventory
 from dsv3_jax.config import ConfigError
 
@@ -24,8 +24,8 @@ class Prices:
     link: float
 
     def __post_init__(self) -> None:
-        positive("switch", self.switch)
-        not_negative("link", self.link)
+        positive(switch=self.switch)
+        not_negative(link=self.link)
 
     def of(self, inventory: Inventory) -> float:
         """Dollars in all."""

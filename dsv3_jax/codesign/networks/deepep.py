@@ -17,7 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from dsv3_jax.codesign.networks import patterns
-from dsv3_jax.codesign.networks.checks import at_least, not_negative
+from dsv3_jax.codesign.checks import at_least, not_negative
 from dsv3_jax.codesign.networks.cluster import Cluster, Rates
 from dsv3_jax.codesign.networks.fat_tree import multi_plane, multi_rail
 from dsv3_jax.codesign.networks.routing import Flows, routes
@@ -94,7 +94,7 @@ def exchange(nodes: int, tokens_a_gpu: int = 4096, seed: int = 0) -> Exchange:
     """Of a group on `nodes` nodes that share a leaf of every plane."""
     if nodes < 1 or EXPERTS % (nodes * NODE):
         raise ConfigError(f"nodes ({nodes}) of {NODE} GPUs must divide {EXPERTS} experts")
-    at_least("tokens_a_gpu", tokens_a_gpu)
+    at_least(1, tokens_a_gpu=tokens_a_gpu)
     topology = Topology(EXPERTS, nodes, NODE)
     experts_TK = choices(nodes, tokens_a_gpu * topology.devices, seed)
     flows = patterns.dispatch(experts_TK, topology, 1.0, np.arange(topology.devices))
@@ -129,8 +129,8 @@ def low_latency(gpus: int, rates: Rates, startup: Kernel = Kernel(0, 0), tokens_
     """
     if gpus < NODE or EXPERTS % gpus:
         raise ConfigError(f"gpus ({gpus}) must be whole nodes of {NODE} and divide {EXPERTS} experts")
-    at_least("draws", draws)
-    not_negative("startup", min(startup))
+    at_least(1, draws=draws)
+    not_negative(startup=min(startup))
     topology = Topology(EXPERTS, gpus // NODE, NODE)
     cluster = Cluster(multi_rail(64, gpus // NODE, NODE), rates, NODE)
     model = dataclasses.replace(MODELS["deepseek_v3"], n_group=1, topk_group=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import at_least, at_most
+from dsv3_jax.codesign.checks import at_least, at_most
 from dsv3_jax.codesign.networks.graph import Network
 
 
@@ -19,7 +19,7 @@ def used_global_ports(routers: int, global_ports: int, groups: int) -> int:
       ConfigError: too few to reach every group.
     """
     for field, value in (("routers", routers), ("global_ports", global_ports), ("groups", groups)):
-        at_least(field, value)
+        at_least(1, **{field: value})
     total = routers * global_ports
     at_most("groups", groups, total + 1, f"{routers} routers of {global_ports} global ports reach {total} other groups")
     return total - total % (groups - 1) % 2 if groups > 1 else 0
@@ -34,7 +34,7 @@ def dragonfly(endpoints: int, routers: int, global_ports: int, groups: int, port
       global_ports: of one router.
       ports: of a router; what is needed if not given.
     """
-    at_least("endpoints", endpoints)
+    at_least(1, endpoints=endpoints)
     used = used_global_ports(routers, global_ports, groups)
     port = np.arange(used)
     # A round passes every other group once: +1, -1, +2, -2, ... and last, for an even number of groups, the opposite.

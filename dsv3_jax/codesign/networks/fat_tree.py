@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import at_least, at_most, even_ports
+from dsv3_jax.codesign.checks import at_least, at_most, even_ports
 from dsv3_jax.codesign.networks.graph import Network
 
 
@@ -22,7 +22,7 @@ def two_layer(ports: int, endpoints: int | None = None) -> Network:
     even_ports(ports)
     most = ports * ports // 2
     endpoints = most if endpoints is None else endpoints
-    at_least("endpoints", endpoints)
+    at_least(1, endpoints=endpoints)
     at_most("endpoints", endpoints, most, f"two layers of {ports}-port switches hold ports^2/2")
     leaf_E = np.arange(endpoints) // (ports // 2)
     return _over_leaves(f"two-layer fat tree, {endpoints} endpoints", ports, leaf_E)
@@ -34,9 +34,9 @@ def multi_plane(ports: int, nodes: int, planes: int = 8) -> Network:
     Raises:
       ConfigError: odd ports, or more nodes than a plane has endpoints.
     """
-    at_least("planes", planes)
+    at_least(1, planes=planes)
     even_ports(ports)
-    at_least("nodes", nodes)
+    at_least(1, nodes=nodes)
     at_most("nodes", nodes, ports * ports // 2, f"a plane of two layers of {ports}-port switches holds ports^2/2")
     plane = two_layer(ports, nodes)
     count = len(plane.level_S)
@@ -53,9 +53,9 @@ def multi_rail(ports: int, nodes: int, rails: int = 8) -> Network:
     Raises:
       ConfigError: odd ports, or more nodes than the leaves have room for.
     """
-    at_least("rails", rails)
+    at_least(1, rails=rails)
     even_ports(ports)
-    at_least("nodes", nodes)
+    at_least(1, nodes=nodes)
     groups = ports // rails
     at_most("rails", rails, ports, f"spines of {ports} ports join as many leaves, and every rail needs one")
     at_most("nodes", nodes, groups * (ports // 2), f"spines of {ports} ports join {groups} groups of {rails} leaves, "

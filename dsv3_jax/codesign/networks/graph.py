@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import at_least
+from dsv3_jax.codesign.checks import at_least
 from dsv3_jax.config import ConfigError
 
 
@@ -27,7 +27,7 @@ class Network:
     """int [switches]: 0 for those with endpoints, more above; -1 for a lost one, whose number stays."""
 
     def __post_init__(self) -> None:
-        at_least("ports", self.ports)
+        at_least(1, ports=self.ports)
         ends = np.concatenate([self.cables_C2.ravel(), self.switch_E[self.switch_E >= 0]])
         used_S = np.bincount(ends, minlength=len(self.level_S))
         if len(used_S) > len(self.level_S):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsv3_jax.codesign.networks.checks import at_least, even_ports
+from dsv3_jax.codesign.checks import at_least, even_ports
 from dsv3_jax.codesign.networks.dragonfly import used_global_ports
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.codesign.networks.slim_fly import network_ports
@@ -35,7 +35,7 @@ def two_layer(ports: int) -> Inventory:
 
 def multi_plane(ports: int, planes: int = 8) -> Inventory:
     """A full two-layer fat tree a plane."""
-    at_least("planes", planes)
+    at_least(1, planes=planes)
     plane = two_layer(ports)
     return Inventory(planes * plane.endpoints, planes * plane.switches, planes * plane.links)
 
@@ -50,13 +50,13 @@ def slim_fly(q: int, endpoints_per_switch: int | None = None) -> Inventory:
     """2q^2 switches of (3q - delta)/2 network ports; also for q such as 28 that no graph exists for."""
     to_switches = network_ports(q)
     held = -(-to_switches // 2) if endpoints_per_switch is None else endpoints_per_switch
-    at_least("endpoints_per_switch", held)
+    at_least(1, endpoints_per_switch=held)
     return Inventory(2 * q * q * held, 2 * q * q, q * q * to_switches)
 
 
 def dragonfly(endpoints: int, routers: int, global_ports: int, groups: int) -> Inventory:
     """Groups of `routers`, each with `endpoints`, all joined inside a group; global ports used evenly."""
-    at_least("endpoints", endpoints)
+    at_least(1, endpoints=endpoints)
     used = used_global_ports(routers, global_ports, groups)
     return Inventory(endpoints * routers * groups, routers * groups,
                      groups * routers * (routers - 1) // 2 + groups * used // 2)

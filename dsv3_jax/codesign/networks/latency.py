@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from dsv3_jax.codesign.networks.checks import at_least, not_negative, positive
+from dsv3_jax.codesign.checks import at_least, not_negative, positive
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.config import ConfigError
 
@@ -27,12 +27,12 @@ class LinkLayer:
     """A switch, and the cable to it."""
 
     def __post_init__(self) -> None:
-        positive("ends", self.ends)
-        not_negative("switch", self.switch)
+        positive(ends=self.ends)
+        not_negative(switch=self.switch)
 
     def message(self, switches: float) -> float:
         """Seconds over so many switches (a mean may be fractional)."""
-        not_negative("switches", switches)
+        not_negative(switches=switches)
         return self.ends + switches * self.switch
 
 
@@ -55,8 +55,8 @@ def forwarded(layer: LinkLayer, switches: float, hops: int = 1, nvlink: float = 
 
     Each part is a whole message, received before the next begins.
     """
-    at_least("hops", hops, 0)
-    positive("nvlink", nvlink)
+    at_least(0, hops=hops)
+    positive(nvlink=nvlink)
     return layer.message(switches) + hops * nvlink
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from dsv3_jax.codesign.networks import patterns
-from dsv3_jax.codesign.networks.checks import at_least, not_negative, positive
+from dsv3_jax.codesign.checks import at_least, not_negative, positive
 from dsv3_jax.codesign.networks.cluster import Cluster
 from dsv3_jax.codesign.networks.routing import Flows, Policy, routes
 from dsv3_jax.codesign.networks.shortest_paths import ShortestPaths
@@ -36,9 +36,8 @@ def all_to_all_bandwidth(cluster: Cluster, nodes: int, policy: Policy = "adaptiv
 
 def message_bandwidth(buffer_bytes: float, bandwidth: float, startup: float) -> float:
     """Bytes/s of a buffer that takes `startup` seconds beyond its bytes."""
-    positive("buffer_bytes", buffer_bytes)
-    positive("bandwidth", bandwidth)
-    not_negative("startup", startup)
+    positive(buffer_bytes=buffer_bytes, bandwidth=bandwidth)
+    not_negative(startup=startup)
     return buffer_bytes / (startup + buffer_bytes / bandwidth)
 
 
@@ -63,12 +62,11 @@ def data_parallel_rings(node_order: np.ndarray, node_size: int, tp: int) -> Ring
     Raises:
       ConfigError: tp does not divide a node, or the group has one member.
     """
-    at_least("node_size", node_size)
-    at_least("tp", tp)
+    at_least(1, node_size=node_size, tp=tp)
     if node_size % tp:
         raise ConfigError(f"tp ({tp}) must divide the {node_size} GPUs of a node")
     nodes, local = len(node_order), node_size // tp
-    at_least("members", nodes * local, 2)
+    at_least(2, members=nodes * local)
     group, ring, node, place = (grid.ravel() for grid in np.indices((tp, local, nodes, local)))
     # Ring r visits a node's local members r, r+1, ..., r-1 and goes on to member r of the next node.
     leaves = place == local - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize, sparse
 
-from dsv3_jax.codesign.networks.checks import at_most
+from dsv3_jax.codesign.checks import at_most
 from dsv3_jax.codesign.networks.cluster import Cluster
 from dsv3_jax.codesign.networks.routing import Flows, Forward, Legs, legs_of, on_links
 from dsv3_jax.codesign.networks.shortest_paths import Share, ShortestPaths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import at_least, positive
+from dsv3_jax.codesign.checks import at_least, positive
 from dsv3_jax.codesign.networks.routing import Flows
 from dsv3_jax.config import ConfigError
 from dsv3_jax.expert_parallel.topology import Topology
@@ -20,9 +20,8 @@ def all_to_all(nodes: int, node_size: int, bytes_each: float) -> Flows:
     What goes to another node changes over NVLink to the rail of its target first (NCCL's PXN), and what the GPUs of
     one node have for one GPU elsewhere goes there together.
     """
-    at_least("nodes", nodes)
-    at_least("node_size", node_size)
-    positive("bytes_each", bytes_each)
+    at_least(1, nodes=nodes, node_size=node_size)
+    positive(bytes_each=bytes_each)
     a, b, rail = (grid.ravel() for grid in np.indices((nodes, nodes, node_size)))
     far = a != b
     node, x, y = (grid.ravel() for grid in np.indices((nodes, node_size, node_size)))
@@ -35,9 +34,8 @@ def all_to_all(nodes: int, node_size: int, bytes_each: float) -> Flows:
 
 def all_pairs(nodes: int, node_size: int, bytes_each: float) -> Flows:
     """The same all-to-all, a flow for each pair of GPUs: `routing.routes` forwards each on its own."""
-    at_least("nodes", nodes)
-    at_least("node_size", node_size)
-    positive("bytes_each", bytes_each)
+    at_least(1, nodes=nodes, node_size=node_size)
+    positive(bytes_each=bytes_each)
     source, target = (grid.ravel() for grid in np.indices((nodes * node_size,) * 2))
     other = source != target
     return Flows(source[other], target[other], np.full(other.sum(), float(bytes_each)))
@@ -51,7 +49,7 @@ def dispatch(experts_TK: np.ndarray, topology: Topology, row_bytes: float, gpu_D
       row_bytes: of a token on its way.
       gpu_D: where device d of the group is.
     """
-    positive("row_bytes", row_bytes)
+    positive(row_bytes=row_bytes)
     _check_places(gpu_D, topology)
     node_TN, device_TD = sent(experts_TK, topology)
     devices, size = topology.devices, topology.scale_up
@@ -73,7 +71,7 @@ def dispatch(experts_TK: np.ndarray, topology: Topology, row_bytes: float, gpu_D
 
 def one_by_one(experts_TK: np.ndarray, topology: Topology, row_bytes: float, gpu_D: np.ndarray) -> Flows:
     """Rows to experts, one a choice, straight to its GPU: DeepEP's low-latency kernels."""
-    positive("row_bytes", row_bytes)
+    positive(row_bytes=row_bytes)
     _check_places(gpu_D, topology)
     rows_DD = np.zeros((topology.devices,) * 2)
     home_T = np.arange(len(experts_TK)) % topology.devices
@@ -84,14 +82,14 @@ def one_by_one(experts_TK: np.ndarray, topology: Topology, row_bytes: float, gpu
 
 def backwards(flows: Flows, factor: float = 1.0) -> Flows:
     """Every flow the other way, with `factor` times its bytes: a combine, from its dispatch."""
-    positive("factor", factor)
+    positive(factor=factor)
     return Flows(flows.target_F, flows.source_F, flows.bytes_F * factor)
 
 
 def ring(gpu_M: np.ndarray, bytes_each: float) -> Flows:
     """Every member sends `bytes_each` to the next, the last to the first."""
-    positive("bytes_each", bytes_each)
-    at_least("members", len(gpu_M), 2)
+    positive(bytes_each=bytes_each)
+    at_least(2, members=len(gpu_M))
     return Flows(np.asarray(gpu_M), np.roll(gpu_M, -1), np.full(len(gpu_M), float(bytes_each)))
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from dsv3_jax.codesign.networks.checks import at_least
+from dsv3_jax.codesign.checks import at_least
 from dsv3_jax.codesign.networks.cluster import Cluster
 from dsv3_jax.codesign.networks.shortest_paths import Share, ShortestPaths, hashed
 from dsv3_jax.config import ConfigError
@@ -72,7 +72,7 @@ def routes(cluster: Cluster, flows: Flows, policy: Policy, *, forward: Forward =
     Raises:
       ConfigError: flows that the cluster does not have GPUs for, or no way for one of them.
     """
-    at_least("queue_pairs", queue_pairs)
+    at_least(1, queue_pairs=queue_pairs)
     paths = ShortestPaths(cluster.network) if paths is None else paths
     legs = legs_of(cluster, flows, forward, paths)
     if policy == "ecmp" and queue_pairs > 1:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from dsv3_jax.codesign.networks.checks import at_most
+from dsv3_jax.codesign.checks import at_most
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.config import ConfigError
 

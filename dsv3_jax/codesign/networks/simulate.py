@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from dsv3_jax.codesign.networks.checks import not_negative
+from dsv3_jax.codesign.checks import not_negative
 from dsv3_jax.codesign.networks.max_min import limiting_links, max_min_rates
 
 
@@ -45,7 +45,7 @@ def complete(matrix_LF: sparse.csc_matrix, capacity_L: np.ndarray, bytes_F: np.n
     matrix_LF, capacity_L = matrix_LF[limits_L], capacity_L[limits_L]
     if resolution is None:
         return Completion(bytes_F / max_min_rates(matrix_LF, capacity_L), bound, 1)
-    not_negative("resolution", resolution)
+    not_negative(resolution=resolution)
     rest_F, active, now, rounds = bytes_F.astype(float), np.arange(len(bytes_F)), 0.0, 0
     while len(active):
         rate = max_min_rates(matrix_LF, capacity_L)

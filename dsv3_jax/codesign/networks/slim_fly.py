@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv3_jax.codesign.networks.checks import at_least
+from dsv3_jax.codesign.checks import at_least
 from dsv3_jax.codesign.networks.finite_field import Field, prime_power
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.config import ConfigError
@@ -20,7 +20,7 @@ def delta(q: int) -> int:
     Raises:
       ConfigError: there is none.
     """
-    at_least("q", q, 3)
+    at_least(3, q=q)
     if q % 4 == 2:
         raise ConfigError(f"q ({q}) must be 4w-1, 4w or 4w+1 for a whole w")
     return {0: 0, 1: 1, 3: -1}[q % 4]
@@ -48,7 +48,7 @@ def slim_fly(q: int, endpoints_per_switch: int | None = None, ports: int | None 
     """
     to_switches = network_ports(q)
     held = -(-to_switches // 2) if endpoints_per_switch is None else endpoints_per_switch
-    at_least("endpoints_per_switch", held)
+    at_least(1, endpoints_per_switch=held)
     field = Field(q)
     here, there, other = (grid.ravel() for grid in np.indices((q, q, q)))
     cables = [_inside_groups(field, first, half) for half, first in enumerate(_generators(field))]

@@ -29,7 +29,7 @@ def test_other_costs_are_predicted(name, within):
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: cost.Prices(-1, 2), "switch .-1. must be positive"),
+    (lambda: cost.Prices(-1, 2), "switch .-1. must be a finite number above 0"),
     (lambda: cost.Prices(1, -2), "link .-2."),
     (lambda: cost.Prices(float("nan"), 2), "switch"),
     (lambda: cost.fit((Inventory(1, 1, 2), 1), (Inventory(2, 2, 4), 2)), "cannot be told apart"),

@@ -249,7 +249,7 @@ CLUSTER = Cluster(fat_tree.two_layer(4), RATES, 2)
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: Rates(-1.0, 1.0, 1.0), "nic .-1.0. must be positive"),
+    (lambda: Rates(-1.0, 1.0, 1.0), "nic .-1.0. must be a finite number above 0"),
     (lambda: Rates(1.0, 0.0, 1.0), "nvlink"),
     (lambda: Rates(1.0, 1.0, float("inf")), "cable"),
     (lambda: Cluster(fat_tree.two_layer(4), RATES, 3), "endpoints .8. must be whole nodes of node_size .3."),
