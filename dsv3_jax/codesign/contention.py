@@ -33,7 +33,8 @@ from dsv3_jax.config import ConfigError
 Shared = Literal["fair", "exchange_first", "nothing"]
 
 PCIE_5_X16 = 64e9
-"""Nominal. Paper 1 section 6.2: 160 lanes carry 640 GB/s."""
+"""Nominal, in the paper's round numbers: 160 lanes carry 640 GB/s (paper 1, section 6.2). Less the coding it is the
+63.0 of `links.LINKS["pcie5_x16"]`."""
 NVLINK_C2C = 450e9
 """Nominal: 900 GB/s both ways between a Grace CPU and its GPU (NVIDIA Grace Hopper white paper)."""
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dsv3_jax.codesign.checks import not_negative, positive
-from dsv3_jax.codesign.hardware import HARDWARE, Link
+from dsv3_jax.codesign.hardware import HARDWARE
+from dsv3_jax.codesign.links import Link
 from dsv3_jax.config import ConfigError
 
 Scope = Literal["sequence numbers", "regions"]

@@ -25,13 +25,14 @@ from dsv3_jax.codesign.contention import (
     undisturbed_seconds,
 )
 from dsv3_jax.codesign.hardware import HARDWARE
+from dsv3_jax.inference.cache import bytes_per_token
 from dsv3_jax.presets import MODELS
 from experiments.command_line import import_pyplot
 from experiments.paper.report import Item, Output, Section, run
 
 LOADS = (0.15e9, 0.5e9, 1e9, 3e9, 10e9, 20e9, 30e9)
 V3 = MODELS["deepseek_v3"]
-CACHE_BYTES = V3.num_hidden_layers * (V3.kv_lora_rank + V3.qk_rope_head_dim) * 2
+CACHE_BYTES = bytes_per_token(V3, mtp=False)
 """Of a token, bf16."""
 # DeepSeek's published service (open-infra-index, February 2025): 342e9 input tokens a day were found in a cache, by
 # 226.75 nodes of 8 GPUs in the mean. From there, as if each were brought in once over PCIe.
@@ -39,7 +40,7 @@ SERVICE_LOAD = 342e9 * CACHE_BYTES / 86_400 / (226.75 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Output):
+class Options(Output):
     """What to assume."""
 
     pcie: float = PCIE_5_X16 / 1e9
@@ -78,103 +79,103 @@ class Told(NamedTuple):
     """Seconds of one; infinite in overload, nan where none came."""
 
 
-def ways(arguments: Arguments) -> Ways:
+def ways(options: Options) -> Ways:
     """PCIe shared in turn; with priorities; a NIC in the I/O die; a CPU-GPU link of NVLink's kind."""
-    pcie, nic, link = arguments.pcie * 1e9, arguments.nic * 1e9, arguments.cpu_link * 1e9
+    pcie, nic, link = options.pcie * 1e9, options.nic * 1e9, options.cpu_link * 1e9
     return Ways(Port(pcie, nic, pcie, "fair"), Port(pcie, nic, pcie, "exchange_first"),
                 Port(pcie, nic, pcie, "nothing"), Port(pcie, nic, link, "nothing"))
 
 
-def told(port: Port, load: float, devices: int, arguments: Arguments) -> Told:
+def told(port: Port, load: float, devices: int, options: Options) -> Told:
     """One simulation."""
-    step = decode_step(port, arguments.compute_ratio)
-    steps = arguments.steps * (8 if devices == 1 else 1)  # one alone meets few transfers
-    outcome = simulate(port, step, load, arguments.context * CACHE_BYTES, devices, steps, arguments.seed)
+    step = decode_step(port, options.compute_ratio)
+    steps = options.steps * (8 if devices == 1 else 1)  # one alone meets few transfers
+    outcome = simulate(port, step, load, options.context * CACHE_BYTES, devices, steps, options.seed)
     alone = undisturbed_seconds(port, step)
     transfer = float(np.mean(outcome.transfers)) if len(outcome.transfers) else float("nan")
     return Told(float(outcome.steps.mean()) / alone, float(outcome.steps.max()) / alone, transfer)
 
 
-def section(arguments: Arguments = Arguments()) -> Section:
+def section(options: Options = Options()) -> Section:
     """The page."""
-    positive(context=arguments.context)
+    positive(context=options.context)
     return Section(
         "KV caches and experts' rows on one PCIe link (paper 1, section 4.5)",
-        f"A decode step of section 2.3.2 ({arguments.nic:g} GB/s from the NIC, computing takes "
-        f"{arguments.compute_ratio:g} of the time of the exchange beside it) while caches of {arguments.context:,} "
-        f"tokens come from the CPU over the same {arguments.pcie:g} GB/s into the GPU, at random times. Devices wait "
+        f"A decode step of section 2.3.2 ({options.nic:g} GB/s from the NIC, computing takes "
+        f"{options.compute_ratio:g} of the time of the exchange beside it) while caches of {options.context:,} "
+        f"tokens come from the CPU over the same {options.pcie:g} GB/s into the GPU, at random times. Devices wait "
         "for each other after each exchange, so a transfer to any of a group slows all: the larger the group, the "
         "smaller the load that costs the full price. All of the model is in `dsv3_jax/codesign/contention.py`.",
-        tuple([*_alone(arguments), *_loaded(arguments)]),
-        (("contention", lambda: draw(arguments)),))
+        tuple([*_alone(options), *_loaded(options)]),
+        (("contention", lambda: draw(options)),))
 
 
-def _alone(arguments: Arguments) -> Iterator[Item]:
+def _alone(options: Options) -> Iterator[Item]:
     """Without simulation: one transfer that meets exchanges without a pause."""
-    shared, first, own, nvlink = ways(arguments)
-    seconds = undisturbed_seconds(shared, decode_step(shared, arguments.compute_ratio))
-    as_paper = shared.rates(True, False)[0] == 50e9 and arguments.compute_ratio <= 1
+    shared, first, own, nvlink = ways(options)
+    seconds = undisturbed_seconds(shared, decode_step(shared, options.compute_ratio))
+    as_paper = shared.rates(True, False)[0] == 50e9 and options.compute_ratio <= 1
     yield Item("section 2.3.2, decode step without transfers, ms", 14.76 if as_paper else None, seconds * 1e3)
     yield Item("exchange beside a transfer, time over alone", None,
                shared.rates(True, False)[0] / shared.rates(True, True)[0], "halves of the link")
-    yield Item("the same, of a step", None, slowdown_at_most(shared, arguments.compute_ratio),
+    yield Item("the same, of a step", None, slowdown_at_most(shared, options.compute_ratio),
                "computation beside it hides the rest")
     yield Item("the same, computing takes 1.3 of the exchange", None, slowdown_at_most(shared, 1.3))
     yield Item("largest pace of transfers that slows nothing, GB/s", None,
                max(shared.link - shared.nic, 0.0) / 1e9, "software that holds transfers to it needs no hardware")
-    size = arguments.context * CACHE_BYTES
+    size = options.context * CACHE_BYTES
     for name, port in (("PCIe shared", shared), ("exchange first", first), ("NIC in the I/O die", own),
-                       (f"CPU-GPU link of {arguments.cpu_link:g} GB/s", nvlink)):
+                       (f"CPU-GPU link of {options.cpu_link:g} GB/s", nvlink)):
         rate = transfer_capacity(port)
         if rate:
             yield Item(f"transfer of {size / 1e6:.0f} MB beside exchanges, {name}, ms", None, size / rate * 1e3)
 
 
-def _loaded(arguments: Arguments) -> Iterator[Item]:
+def _loaded(options: Options) -> Iterator[Item]:
     """Simulated."""
-    shared, first, own, _ = ways(arguments)
+    shared, first, own, _ = ways(options)
     yield Item("KV load of DeepSeek's service, GB/s a GPU", None, SERVICE_LOAD / 1e9,
                "mean over day and fleet, prefill too, as if every cached token came once over PCIe")
     for load in (SERVICE_LOAD, 1e9, 10e9):
-        result = told(shared, load, arguments.devices, arguments)
-        yield Item(f"step, {arguments.devices} GPUs, {load / 1e9:.3g} GB/s each, PCIe shared: mean over undisturbed",
+        result = told(shared, load, options.devices, options)
+        yield Item(f"step, {options.devices} GPUs, {load / 1e9:.3g} GB/s each, PCIe shared: mean over undisturbed",
                    None, result.mean, f"worst {result.worst:.3f}")
-        if arguments.compute_ratio <= 1 and load <= shared.rates(True, True)[1]:
+        if options.compute_ratio <= 1 and load <= shared.rates(True, True)[1]:
             yield Item(f"the same, one GPU, {load / 1e9:.3g} GB/s", None, slowdown_of_one(shared, load),
                        "also a group's, if its transfers all come at the same times")
     for name, port in (("exchange first", first), ("NIC in the I/O die", own)):
-        result = told(port, 10e9, arguments.devices, arguments)
+        result = told(port, 10e9, options.devices, options)
         waits = f"mean transfer {result.transfer * 1e3:.1f} ms, none waiting at first"
-        yield Item(f"step, {arguments.devices} GPUs, 10 GB/s each, {name}: mean over undisturbed", None, result.mean,
+        yield Item(f"step, {options.devices} GPUs, 10 GB/s each, {name}: mean over undisturbed", None, result.mean,
                    waits if np.isfinite(result.transfer) else "transfers pile up")
 
 
-def draw(arguments: Arguments) -> Any:
+def draw(options: Options) -> Any:
     """Steps and transfers against the load."""
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    shared, first, own, nvlink = ways(arguments)
+    shared, first, own, nvlink = ways(options)
     loads = np.array(LOADS)
-    for devices in dict.fromkeys((1, min(32, arguments.devices), arguments.devices)):
-        results = [told(shared, load, devices, arguments) for load in LOADS]
+    for devices in dict.fromkeys((1, min(32, options.devices), options.devices)):
+        results = [told(shared, load, devices, options) for load in LOADS]
         [line] = left.plot(loads / 1e9, [result.mean for result in results], "o-",
                            label="PCIe shared, one GPU" if devices == 1 else f"PCIe shared, {devices} that wait")
         left.plot(loads / 1e9, [result.worst for result in results], ":", color=line.get_color())
-    results = [told(first, load, min(32, arguments.devices), arguments) for load in LOADS]
+    results = [told(first, load, min(32, options.devices), options) for load in LOADS]
     left.plot(loads / 1e9, [result.mean for result in results], "s-", label="exchange first, or own paths")
     left.set(xscale="log", xlabel="KV load, GB/s a GPU", ylabel="decode step over undisturbed (dotted: worst)",
              title="What transfers cost a step")
     left.legend(fontsize=8)
     for name, port in {"PCIe shared": shared, "exchange first": first, "NIC in the I/O die": own,
-                       f"CPU-GPU link of {arguments.cpu_link:g} GB/s": nvlink}.items():
-        times = np.array([told(port, load, min(32, arguments.devices), arguments).transfer for load in LOADS]) * 1e3
+                       f"CPU-GPU link of {options.cpu_link:g} GB/s": nvlink}.items():
+        times = np.array([told(port, load, min(32, options.devices), options).transfer for load in LOADS]) * 1e3
         shown = np.isfinite(times)
         right.plot(loads[shown] / 1e9, times[shown], "o-", label=name)
     right.set(xscale="log", yscale="log", xlabel="KV load, GB/s a GPU", ylabel="ms until a transfer is done",
-              title=f"Transfers of {arguments.context:,} tokens; ends where they pile up")
+              title=f"Transfers of {options.context:,} tokens; ends where they pile up")
     right.legend(fontsize=8)
     return figure
 
 
 if __name__ == "__main__":
-    run(section, __doc__, Arguments)
+    run(section, __doc__, Options)

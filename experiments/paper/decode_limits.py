@@ -60,7 +60,7 @@ def section(options: Options = Options()) -> Section:
             f"{over.name}, context {options.context:,}, {options.batch} tokens. The larger of network and compute "
             "counts in every layer.")
     items = (*_paper_items(), *_own_items(work, hardware, over, options))
-    return Section("Speed limits of decoding", text, items,
+    return Section("Speed limits of decoding (paper 1, sections 2.3.2 and 2.3.3)", text, items,
                    (("decode_limits", lambda: draw(work, hardware, over)),))
 
 

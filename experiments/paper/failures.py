@@ -30,7 +30,7 @@ STATE_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Output):
+class Options(Output):
     """What to assume."""
 
     device_hours: float = LLAMA_3_DEVICE_SECONDS / 3600
@@ -47,49 +47,49 @@ class Arguments(Output):
     """Share of failures that a retry at the link would hide; Llama 3's share of switches and cables."""
 
 
-def machines(arguments: Arguments) -> dict[str, Reliability]:
+def machines(options: Options) -> dict[str, Reliability]:
     """As it is, and with what the paper asks for."""
-    now = Reliability(arguments.device_hours * 3600, arguments.checkpoint, arguments.detection, arguments.restart)
+    now = Reliability(options.device_hours * 3600, options.checkpoint, options.detection, options.restart)
     return {"as it is": now,
-            "links send again": dataclasses.replace(now, retried=arguments.retried),
-            "noticed sooner": dataclasses.replace(now, detection=arguments.fast_detection),
-            "both": dataclasses.replace(now, detection=arguments.fast_detection, retried=arguments.retried)}
+            "links send again": dataclasses.replace(now, retried=options.retried),
+            "noticed sooner": dataclasses.replace(now, detection=options.fast_detection),
+            "both": dataclasses.replace(now, detection=options.fast_detection, retried=options.retried)}
 
 
-def section(arguments: Arguments = Arguments()) -> Section:
+def section(options: Options = Options()) -> Section:
     """The page."""
     return Section(
         "Failures: the share of time that is progress (paper 1, sections 6.1 and 6.3)",
         "The paper says that failures grow with the system, and gives no rate. Here a device fails every "
-        f"{arguments.device_hours:,.0f} hours (Llama 3's 419 interruptions in 54 days on 16,384 H100 are "
+        f"{options.device_hours:,.0f} hours (Llama 3's 419 interruptions in 54 days on 16,384 H100 are "
         f"{LLAMA_3_DEVICE_SECONDS / 3600:,.0f}; its team tells of more than 90% effective time), a "
-        f"checkpoint stops training for {arguments.checkpoint:g} s, a failure is noticed after "
-        f"{arguments.detection:g} s (or {arguments.fast_detection:g}), and {arguments.restart:g} s later training goes "
+        f"checkpoint stops training for {options.checkpoint:g} s, a failure is noticed after "
+        f"{options.detection:g} s (or {options.fast_detection:g}), and {options.restart:g} s later training goes "
         "on. Checkpoints come at the best interval (Young, Daly). `dsv3_jax/codesign/failures.py` has the model.",
-        tuple(_items(arguments)), (("failures", lambda: draw(arguments)),))
+        tuple(_items(options)), (("failures", lambda: draw(options)),))
 
 
-def _items(arguments: Arguments) -> Iterator[Item]:
+def _items(options: Options) -> Iterator[Item]:
     count = count_parameters(MODELS["deepseek_v3"])
     floor = checkpoint_floor(STATE_BYTES * (count.main + count.mtp), SIZES[0])
     yield Item(f"{SIZES[0]:,} GPUs: a checkpoint through the storage NICs, at least, s", None, floor,
                f"{STATE_BYTES} bytes a parameter, one NIC of 50 GB/s a node")
-    now = machines(arguments)["as it is"]
+    now = machines(options)["as it is"]
     for devices in (SIZES[0], 16_384, SIZES[-1]):
         yield Item(f"{devices:,} GPUs: hours between failures", None, now.between(devices) / 3600)
         yield Item(f"{devices:,} GPUs: best interval of checkpoints, minutes", None, best_interval(devices, now) / 60,
                    f"Young's {youngs_interval(devices, now) / 60:.1f}")
-        for name, machine in machines(arguments).items():
+        for name, machine in machines(options).items():
             yield Item(f"{devices:,} GPUs, {name}: share of time that is progress", None,
                        best_goodput(devices, machine))
 
 
-def draw(arguments: Arguments) -> Any:
+def draw(options: Options) -> Any:
     """Against the size of the system."""
     pyplot = import_pyplot()
     figure, axis = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     sizes = [size * 2 ** (part / 4) for size in SIZES[:-1] for part in range(4)] + [SIZES[-1]]
-    for name, machine in machines(arguments).items():
+    for name, machine in machines(options).items():
         axis.plot(sizes, [best_goodput(round(size), machine) for size in sizes], label=name)
     axis.set(xscale="log", xlabel="GPUs", ylabel="share of time that is progress",
              title="Checkpoints at the best interval", xticks=SIZES, xticklabels=[f"{size // 1024}k" for size in SIZES])
@@ -99,4 +99,4 @@ def draw(arguments: Arguments) -> Any:
 
 
 if __name__ == "__main__":
-    run(section, __doc__, Arguments)
+    run(section, __doc__, Options)

@@ -49,7 +49,8 @@ def section(options: Options = Options()) -> Section:
     items = [*_pc_items(), *_server_items()]
     if options.machine is not None:
         items.append(_own_item(options))
-    return Section("Local deployment", text, tuple(items), (("local_deployment", lambda: draw(tuple(items))),))
+    return Section("Local deployment (paper 1, section 2.2.2)", text, tuple(items),
+                   (("local_deployment", lambda: draw(tuple(items))),))
 
 
 def _pc_items() -> list[Item]:

@@ -21,7 +21,7 @@ from dsv3_jax.codesign.dense_models import DENSE_MODELS
 from dsv3_jax.codesign.hardware_file import load_hardware
 from dsv3_jax.codesign.memory import TrainingMemory, serving_memory, training_memory
 from dsv3_jax.codesign.pods import Pod, default_mesh, parse_pod
-from dsv3_jax.codesign.step_flops import flops_by_cause
+from dsv3_jax.codesign.step_flops import flops_by_cause, padding_flops
 from dsv3_jax.codesign.step_traffic import StepTraffic, exchange_traffic
 from dsv3_jax.codesign.traffic import random_choices, rows_of_tokens
 from dsv3_jax.config import ConfigError, Precision, Recompute, RunConfig, named
@@ -71,7 +71,7 @@ def section(options: Options = Options()) -> Section:
     if own is not None:
         items += _layout_items(*own, {})
         layouts.append((*own, {}))
-    return Section("Memory, compute and traffic", text, tuple(items),
+    return Section("Memory, compute and traffic (paper 1, tables 1 and 2, section 4.3)", text, tuple(items),
                    (("memory_and_compute", lambda: draw(layouts)),))
 
 
@@ -153,12 +153,14 @@ class Predicted(NamedTuple):
     memory: TrainingMemory
     traffic: StepTraffic
     flops: dict[str, float]
+    padding: float
+    """FLOPs of a token."""
 
 
 def predict(config: RunConfig, pod: Pod) -> Predicted:
     """Memory, traffic and FLOPs of `config` on `pod`."""
     return Predicted(pod, training_memory(config, pod.devices), exchange_traffic(config, pod.devices),
-                     flops_by_cause(config))
+                     flops_by_cause(config), padding_flops(config, pod.devices))
 
 
 def compiled_layouts() -> dict[str, tuple[Predicted, dict[str, Any]]]:
@@ -182,12 +184,16 @@ def own_layout(options: Options) -> tuple[str, Predicted] | None:
         raise ConfigError(f"--preset {options.preset} has no pod of its own: name one, such as --pod h800:256x8")
     own = None if options.hardware is None else load_hardware(options.hardware)
     pod = parse_pod(options.pod or LAYOUTS[options.preset].pod, own)
-    batch = dataclasses.replace(config.batch, sequence_length=options.context or config.batch.sequence_length,
-                                micro_batches=options.micro_batches or config.batch.micro_batches)
-    config = dataclasses.replace(config, batch=batch, precision=options.precision or config.precision,
-                                 recompute=options.recompute or config.recompute,
-                                 mesh=default_mesh(config.model, pod, config.mesh))
+    batch = dataclasses.replace(config.batch, **_given(sequence_length=options.context,
+                                                       micro_batches=options.micro_batches))
+    config = dataclasses.replace(config, batch=batch, mesh=default_mesh(config.model, pod, config.mesh),
+                                 **_given(precision=options.precision, recompute=options.recompute))
     return f"{options.preset} on {pod}", predict(config, pod)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _layout_items(name: str, predicted: Predicted, report: dict[str, Any]) -> list[Item]:
@@ -203,21 +209,11 @@ def _layout_items(name: str, predicted: Predicted, report: dict[str, Any]) -> li
             ("all-to-all between nodes, GB a device and step", predicted.traffic.between_nodes, between, 1e9, ""),
             ("all-to-all inside nodes, GB a device and step", predicted.traffic.inside_node, sum(sent.values()), 1e9,
              ""),
-            ("GFLOP a token", sum(predicted.flops.values()), report.get("flops_per_token"), 1e9,
-             _outputs_again(report))]
+            ("GFLOP a token", sum(predicted.flops.values()), report.get("flops_per_token"), 1e9, ""),
+            ("GFLOP a token on the room in experts' buffers", predicted.padding,
+             report.get("expert_padding_flops_per_token"), 1e9, "none where a kernel skips it")]
     return [Item(f"{name}, {what}", None, value / unit, _beside(value, found, unit, why))
             for what, value, found, unit, why in rows if value]
-
-
-def _outputs_again(report: dict[str, Any]) -> str:
-    """What a program of V3 has that was compiled while outputs of experts were still computed again."""
-    if not report:
-        return ""
-    outputs = 2.0 * 2048 * 7168 * 8 * 59
-    again = (report["flops_per_token_by_cause"]["recomputation"]
-             - flops_by_cause(RUNS[report["preset"]])["recomputation"])
-    older = abs(again - outputs) < 1e-3 * outputs
-    return f"an older program, which computed outputs of experts again, {outputs / 1e9:.2f}" if older else ""
 
 
 def _beside(value: float, found: float | None, unit: float, why: str) -> str:

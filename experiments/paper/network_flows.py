@@ -1,6 +1,7 @@
 """Bandwidths of collectives and of expert parallelism, from flows on the network (paper 1, figures 5 to 8).
 
-  python experiments/paper/network_flows.py --out experiments/results/network_flows
+  python experiments/paper/network_flows.py
+  python experiments/paper/network_flows.py --tokens 512 --hashes 1000 --out network_flows
 
 Takes about a minute of processor time.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.codesign.checks import at_least
 from dsv3_jax.codesign.hardware import hardware
 from dsv3_jax.codesign.networks import deepep, fat_tree, nccl, patterns
 from dsv3_jax.codesign.networks.cluster import Cluster, Rates
@@ -22,7 +24,7 @@ from dsv3_jax.codesign.networks.shortest_paths import ShortestPaths
 from dsv3_jax.codesign.networks.simulate import complete
 from dsv3_jax.expert_parallel.topology import Topology
 from experiments.command_line import import_pyplot
-from experiments.paper.report import Item, Section, run
+from experiments.paper.report import Item, Output, Section, run
 
 H800 = hardware("h800")
 CHART = "the paper's is read off a chart"
@@ -33,6 +35,20 @@ STARTUP = 30e-6
 ROUTED = {8: {"ecmp": 45.0, "adaptive": 57.0, "static": 57.0}, 4: {"ecmp": 83.0, "adaptive": 103.0, "static": 103.0},
           2: {"ecmp": 97.0, "adaptive": 190.0, "static": 190.0}}
 """GB/s by tensor parallelism and routing, figure 8, read off the chart; all-gather and reduce-scatter alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Output):
+    """How much is drawn at random."""
+
+    tokens: int = 4096
+    """Of a GPU in figure 7; the paper has 4,096."""
+    hashes: int = 100
+    """Of ECMP in figure 8, over which the mean is taken."""
+
+    def __post_init__(self) -> None:
+        at_least(1, tokens=self.tokens, hashes=self.hashes)
+
 
 TEXT = """Flows on graphs of switches share links max-min fairly; rates are computed anew as flows end. NVLink inside \
 nodes is links like any others, and what changes its rail is forwarded over it.
@@ -47,7 +63,7 @@ the same rate.
 Figure 8's layout is not published. With tensor parallelism of t in a node, 8/t of its NICs serve one data-parallel \
 group. 57 GB/s at t = 8, on a NIC of 50, is S/time of a gather by 8 members (50 times 8/7), so 8 nodes are taken: \
 under two leaves of 64 ports, the least where cables can collide. NICs and cables have their nominal 50 GB/s, and \
-nothing else is calibrated; ECMP is the mean over {seeds} hashes.
+nothing else is calibrated; ECMP is the mean over {hashes} hashes.
 
 Losses and policies on 2,048 GPUs (256 nodes, eight planes) are ours to add, at nominal rates, where cables have \
 nothing to spare over NICs."""
@@ -142,7 +158,7 @@ Routed = dict[int, dict[str, np.ndarray]]
 """Tensor parallelism -> routing -> GB/s, [hashes], mean over groups."""
 
 
-def routed_bandwidths(seeds: int) -> Routed:
+def routed_bandwidths(hashes: int) -> Routed:
     """Figure 8: eight nodes under two leaves."""
     cluster = Cluster(fat_tree.two_layer(64, 64), Rates.of(H800, "nominal"))
     paths = ShortestPaths(cluster.network)
@@ -153,8 +169,8 @@ def routed_bandwidths(seeds: int) -> Routed:
         def mean(policy: Policy, seed: int, queue_pairs: int = 1, rings: nccl.Rings = rings) -> float:
             bandwidths = nccl.ring_bandwidths(cluster, rings, policy, seed=seed, queue_pairs=queue_pairs, paths=paths)
             return float(bandwidths.mean()) / 1e9
-        told[tp] = {"ecmp": np.array([mean("ecmp", seed) for seed in range(seeds)]),
-                    "ecmp, 4 queue pairs": np.array([mean("ecmp", seed, 4) for seed in range(seeds)]),
+        told[tp] = {"ecmp": np.array([mean("ecmp", seed) for seed in range(hashes)]),
+                    "ecmp, 4 queue pairs": np.array([mean("ecmp", seed, 4) for seed in range(hashes)]),
                     "adaptive": np.array([mean("adaptive", 0)]), "static": np.array([mean("static", 0)])}
     return told
 
@@ -322,22 +338,17 @@ def draw_losses(told: Lost) -> Any:
     return figure
 
 
-def section(tokens: int = 4096, seeds: int = 100) -> Section:
-    """Figures 5 to 8.
-
-    Args:
-      tokens: of a GPU in figure 7; the paper has 4,096.
-      seeds: hashes of ECMP in figure 8.
-    """
-    rates = deepep.calibrated(tokens)
-    calibrated = deepep_bandwidths(rates, tokens)
-    papers = deepep_bandwidths(Rates.of(H800), tokens)
-    routed, losses = routed_bandwidths(seeds), lost()
+def section(options: Options = Options()) -> Section:
+    """Figures 5 to 8."""
+    rates = deepep.calibrated(options.tokens)
+    calibrated = deepep_bandwidths(rates, options.tokens)
+    papers = deepep_bandwidths(Rates.of(H800), options.tokens)
+    routed, losses = routed_bandwidths(options.hashes), lost()
     items = (*all_to_all_items(rates), *latency_items(rates), *deepep_items(calibrated, papers),
              *low_latency_items(rates), *routed_items(routed), *placement_items(), *loss_items(losses),
              *forwarding_items())
     return Section("Traffic on the network (paper 1, figures 5 to 8)",
-                   TEXT.format(nic=rates.nic / 1e9, nvlink=rates.nvlink / 1e9, seeds=seeds), items,
+                   TEXT.format(nic=rates.nic / 1e9, nvlink=rates.nvlink / 1e9, hashes=options.hashes), items,
                    (("network_all_to_all", functools.partial(draw_all_to_all, rates)),
                     ("network_deepep", functools.partial(draw_deepep, calibrated, papers)),
                     ("network_routing", functools.partial(draw_routed, routed)),
@@ -345,4 +356,4 @@ def section(tokens: int = 4096, seeds: int = 100) -> Section:
 
 
 if __name__ == "__main__":
-    run(section, __doc__ or "")
+    run(section, __doc__, Options)

@@ -1,6 +1,6 @@
 """Topologies: what they are made of, cost, and how long a message takes (paper 1, tables 3 and 5).
 
-  python experiments/paper/networks.py --out experiments/results/networks
+  python experiments/paper/networks.py --out networks
 """
 
 from __future__ import annotations
@@ -170,4 +170,4 @@ def section() -> Section:
 
 
 if __name__ == "__main__":
-    run(section, __doc__ or "")
+    run(section, __doc__)

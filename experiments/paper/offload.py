@@ -43,7 +43,7 @@ TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Output):
+class Options(Output):
     """What to assume."""
 
     communicating: float = 20
@@ -70,32 +70,32 @@ def counted(limit: int, tokens: int, seed: int) -> dict[Way, Crossing]:
     return crossings(random_choices(dataclasses.replace(V3, topk_group=limit), tokens, seed), TOPOLOGY)
 
 
-def section(arguments: Arguments = Arguments()) -> Section:
+def section(options: Options = Options()) -> Section:
     """The page."""
     return Section(
         "What SMs do for communication, done by hardware (paper 1, sections 3.2, 4.4 and 6.5)",
-        f"Three things that SMs do today: they forward, copy and add ({arguments.communicating:g} of 132 compute "
+        f"Three things that SMs do today: they forward, copy and add ({options.communicating:g} of 132 compute "
         "nothing meanwhile); they make the copies of a multicast, row by row over NVLink; they would encode and decode "
         "LogFMT. Rows are those of DeepSeek-V3's router with random affinities on 8 nodes of 8, E4M3 there and bf16 "
-        f"back; links are those that {arguments.machine} reaches. Assumptions are in `sm_tax.py`, `multicast.py` and "
+        f"back; links are those that {options.machine} reaches. Assumptions are in `sm_tax.py`, `multicast.py` and "
         "`compression.py` of `dsv3_jax/codesign`.",
-        tuple([*_taxed(arguments), *_copied(arguments), *_encoded()]),
-        (("offload_sms", lambda: draw_sms(arguments)), ("offload_multicast", lambda: draw_multicast(arguments)),
+        tuple([*_taxed(options), *_copied(options), *_encoded()]),
+        (("offload_sms", lambda: draw_sms(options)), ("offload_multicast", lambda: draw_multicast(options)),
          ("offload_logfmt", draw_logfmt)))
 
 
-def _taxed(arguments: Arguments) -> Iterator[Item]:
-    sms = Multiprocessors(communicating=arguments.communicating)
+def _taxed(options: Options) -> Iterator[Item]:
+    sms = Multiprocessors(communicating=options.communicating)
     yield Item("table 4, step: sum of its parts, s", 19.926, sum(TABLE_4), "the parts as printed, rounded")
-    step = step_without_tax(TABLE_4, sms, arguments.compute_bound)
+    step = step_without_tax(TABLE_4, sms, options.compute_bound)
     yield Item("the same with a co-processor, s", None, step,
-               f"at most, {sum(TABLE_4) / step:.3f} times as fast: {arguments.compute_bound:.0%} bound by computing")
+               f"at most, {sum(TABLE_4) / step:.3f} times as fast: {options.compute_bound:.0%} bound by computing")
     for ratio in (0.5, 1.0, 1.5):
         bought = gain(ratio, sms)
         beside = f"communication {ratio:g} of computation"
         yield Item(f"co-processor, {beside}: times as fast", None, bought.fixed)
         yield Item(f"the same over the best number of SMs, {tuned(ratio, sms).communicating:.1f}", None, bought.tuned)
-    ways = counted(arguments.limit, arguments.tokens, arguments.seed)
+    ways = counted(options.limit, options.tokens, options.seed)
     forwarded, alone = ways["GPUs forward"].sent, ways["each choice"].sent
     if forwarded:
         yield Item("inference by RDMA alone: rows over the slow network, times those with forwarding", None,
@@ -104,9 +104,9 @@ def _taxed(arguments: Arguments) -> Iterator[Item]:
                    ratio_of_equal_times(alone / forwarded, sms))
 
 
-def _copied(arguments: Arguments) -> Iterator[Item]:
-    machine = hardware(arguments.machine)
-    ways = counted(arguments.limit, arguments.tokens, arguments.seed)
+def _copied(options: Options) -> Iterator[Item]:
+    machine = hardware(options.machine)
+    ways = counted(options.limit, options.tokens, options.seed)
     for way, crossing in ways.items():
         sent, took = bytes_a_token(crossing, ROW), seconds(crossing, ROW, TOKENS, machine)
         yield Item(f"{way}: out of the NIC, KB a token there and back", None, sent.nic_out / 1e3)
@@ -130,36 +130,36 @@ def _encoded() -> Iterator[Item]:
                    "on any link")
 
 
-def draw_sms(arguments: Arguments) -> Any:
+def draw_sms(options: Options) -> Any:
     """What a co-processor buys against communication over computation."""
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    sms, ratios = Multiprocessors(communicating=arguments.communicating), np.linspace(0, 2, 201)
+    sms, ratios = Multiprocessors(communicating=options.communicating), np.linspace(0, 2, 201)
     bought = [gain(ratio, sms) for ratio in ratios]
-    left.plot(ratios, [each.fixed for each in bought], label=f"{arguments.communicating:g} SMs communicate")
+    left.plot(ratios, [each.fixed for each in bought], label=f"{options.communicating:g} SMs communicate")
     left.plot(ratios, [each.tuned for each in bought], label="as many SMs as needed")
     left.axvline(1, color="gray", linestyle=":", label="DeepSeek-V3's training, about 1:1")
     left.set(xlabel="communication over computation", ylabel="speed with a co-processor", title="Training")
     left.legend(fontsize=8)
-    ways = counted(arguments.limit, arguments.tokens, arguments.seed)
+    ways = counted(options.limit, options.tokens, options.seed)
     copies = ways["each choice"].sent / ways["GPUs forward"].sent if ways["GPUs forward"].sent else 1.0
     for name, times in {"SMs forward": [max(sms.slowdown, ratio) for ratio in ratios],
                         "RDMA alone": [without_forwarding(ratio, copies) for ratio in ratios],
                         "co-processor forwards": [max(1.0, ratio) for ratio in ratios]}.items():
         right.plot(ratios, times, label=name)
     right.set(xlabel="communication over computation, with forwarding", ylabel="time over computation",
-              title=f"Inference, at most {arguments.limit} nodes a token")
+              title=f"Inference, at most {options.limit} nodes a token")
     right.legend(fontsize=8)
     return figure
 
 
-def draw_multicast(arguments: Arguments) -> Any:
+def draw_multicast(options: Options) -> Any:
     """Times of the four ways against the node limit."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    machine, limits = hardware(arguments.machine), range(1, V3.n_group + 1)
-    for way in counted(1, arguments.tokens, arguments.seed):
-        took = [seconds(counted(limit, arguments.tokens, arguments.seed)[way], ROW, TOKENS, machine)
+    machine, limits = hardware(options.machine), range(1, V3.n_group + 1)
+    for way in counted(1, options.tokens, options.seed):
+        took = [seconds(counted(limit, options.tokens, options.seed)[way], ROW, TOKENS, machine)
                 for limit in limits]
         style = "s--" if way == "switches copy, for nodes" else "o-"  # in turn it is no faster, and lies on another
         axes[0].plot(limits, [each.in_turn * 1e3 for each in took], style, label=way)
@@ -193,4 +193,4 @@ def draw_logfmt() -> Any:
 
 
 if __name__ == "__main__":
-    run(section, __doc__, Arguments)
+    run(section, __doc__, Options)

@@ -38,7 +38,7 @@ STEP_MS = 14.76
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Output):
+class Options(Output):
     """What to assume."""
 
     machine: str = "h800"
@@ -49,16 +49,16 @@ class Arguments(Output):
     """us between the fastest and the slowest path."""
 
 
-def network_of(arguments: Arguments) -> Network:
+def network_of(options: Options) -> Network:
     """The machine's, with what was said otherwise."""
-    network = Network.of(hardware(arguments.machine).scale_out) if arguments.latency is None else \
-        Network(hardware(arguments.machine).scale_out.bandwidth, arguments.latency * 1e-6)
-    return dataclasses.replace(network, spread=arguments.spread * 1e-6)
+    network = Network.of(hardware(options.machine).scale_out) if options.latency is None else \
+        Network(hardware(options.machine).scale_out.bandwidth, options.latency * 1e-6)
+    return dataclasses.replace(network, spread=options.spread * 1e-6)
 
 
-def section(arguments: Arguments = Arguments()) -> Section:
+def section(options: Options = Options()) -> Section:
     """The page."""
-    network = network_of(arguments)
+    network = network_of(options)
     return Section(
         "Data before its flag: who waits (paper 1, section 6.4)",
         f"A message is {ROW:,} bytes, a token in E4M3 with its scales, on a link of {network.bandwidth / 1e9:g} GB/s "
@@ -116,4 +116,4 @@ def draw(network: Network) -> Any:
 
 
 if __name__ == "__main__":
-    run(section, __doc__, Arguments)
+    run(section, __doc__, Options)

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from dsv3_jax.codesign.hardware import Hardware
 from dsv3_jax.codesign.checks import at_least, positive
+from dsv3_jax.codesign.hardware import Hardware
 from dsv3_jax.codesign.networks.graph import Network
 from dsv3_jax.config import ConfigError
 

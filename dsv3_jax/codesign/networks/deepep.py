@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from dsv3_jax.codesign.networks import patterns
 from dsv3_jax.codesign.checks import at_least, not_negative
+from dsv3_jax.codesign.networks import patterns
 from dsv3_jax.codesign.networks.cluster import Cluster, Rates
 from dsv3_jax.codesign.networks.fat_tree import multi_plane, multi_rail
 from dsv3_jax.codesign.networks.routing import Flows, routes

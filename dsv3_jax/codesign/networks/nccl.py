@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from dsv3_jax.codesign.networks import patterns
 from dsv3_jax.codesign.checks import at_least, not_negative, positive
+from dsv3_jax.codesign.networks import patterns
 from dsv3_jax.codesign.networks.cluster import Cluster
 from dsv3_jax.codesign.networks.routing import Flows, Policy, routes
 from dsv3_jax.codesign.networks.shortest_paths import ShortestPaths

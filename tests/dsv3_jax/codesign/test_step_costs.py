@@ -20,31 +20,18 @@ from dsv3_jax.mesh import make_mesh
 from dsv3_jax.presets import MODELS, RUNS
 from tests.dsv3_jax.codesign.pod_reports import REPORTS, Report
 
-OUTPUTS_AGAIN = 59 * 8 * 2 * 2048 * 7168
-"""FLOPs of a token in programs of before, which computed outputs of experts again, and sent weights once more for
-it."""
-
-
-def is_older(report: Report) -> bool:
-    """Whether it is of such a program, as that of Ironwood may be."""
-    again = report.told["flops_per_token_by_cause"]["recomputation"] - flops_by_cause(report.config)["recomputation"]
-    return report.name == "deepseek_v3_tpu7x" and again == pytest.approx(OUTPUTS_AGAIN, rel=1e-9)
-
 
 @pytest.mark.parametrize("report", REPORTS, ids=str)
 def test_flops_of_compiled_programs_by_cause(report: Report):
     """All but running sums, and what no name explains, 25 millionths."""
     found, predicted = report.told["flops_per_token_by_cause"], flops_by_cause(report.config)
-    if is_older(report):
-        predicted["recomputation"] += OUTPUTS_AGAIN
     assert predicted == pytest.approx({name: found[name] for name in predicted}, rel=1e-9)
     assert sum(predicted.values()) == pytest.approx(report.told["flops_per_token"], rel=1e-4)
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=str)
 def test_room_in_the_experts_buffers(report: Report):
-    """Of 22 products of gate, up and down in the units of one; 24 in older programs."""
-    predicted = padding_flops(report.config, report.told["devices"]) * (12 / 11 if is_older(report) else 1)
+    predicted = padding_flops(report.config, report.told["devices"])
     assert predicted == pytest.approx(report.told["expert_padding_flops_per_token"], rel=1e-9)
 
 
@@ -55,7 +42,7 @@ def test_all_to_alls_of_compiled_programs(report: Report):
     predicted = exchange_traffic(report.config, report.told["devices"])
     assert predicted.between_nodes == found.pop("scale_out", 0)
     (inside,) = found.values()
-    assert predicted.inside_node == pytest.approx(inside, rel=1e-3 if is_older(report) else 1e-12)
+    assert predicted.inside_node == pytest.approx(inside, rel=1e-12)
 
 
 TINY = dataclasses.replace(RUNS["tiny"], precision="bf16", batch=BatchConfig(sequences=16, sequence_length=64))

@@ -6,13 +6,13 @@ import pytest
 
 from dsv3_jax.config import ConfigError
 from experiments.paper import contention
-from experiments.paper.contention import Arguments, section
+from experiments.paper.contention import Options, section
 from tests.experiments.paper.pages import checked
 
 
 def test_page(tmp_path, monkeypatch):
     monkeypatch.setattr(contention, "LOADS", (1e9, 20e9))
-    items = checked(section(Arguments(devices=8, steps=1)), tmp_path)
+    items = checked(section(Options(devices=8, steps=1)), tmp_path)
     step = items["section 2.3.2, decode step without transfers, ms"]
     assert step.paper == 14.76
     assert step.ratio == pytest.approx(1, abs=1e-3)
@@ -27,7 +27,7 @@ def test_page(tmp_path, monkeypatch):
 
 def test_other_hardware_has_no_number_of_the_paper(tmp_path):
     """PCIe 4.0: the link is less than the NIC, so that what goes first leaves nothing."""
-    made = section(Arguments(pcie=32, devices=2, steps=1))
+    made = section(Options(pcie=32, devices=2, steps=1))
     assert all(item.paper is None for item in made.items)
     assert not any("exchange first, ms" in item.item for item in made.items)
     assert made.items[0].ours == pytest.approx(14.757 * 50 / 32, rel=1e-3)
@@ -35,6 +35,6 @@ def test_other_hardware_has_no_number_of_the_paper(tmp_path):
 
 def test_nonsense_is_refused():
     with pytest.raises(ConfigError, match=r"context \(0\)"):
-        section(Arguments(context=0))
+        section(Options(context=0))
     with pytest.raises(ConfigError, match=r"nic \(-50"):
-        section(Arguments(nic=-50))
+        section(Options(nic=-50))

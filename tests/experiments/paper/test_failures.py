@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsv3_jax.config import ConfigError
-from experiments.paper.failures import Arguments, section
+from experiments.paper.failures import Options, section
 from tests.experiments.paper.pages import checked
 
 
@@ -24,4 +24,4 @@ def test_page(tmp_path):
 
 def test_nonsense_is_refused():
     with pytest.raises(ConfigError, match=r"retried \(2\)"):
-        section(Arguments(retried=2))
+        section(Options(retried=2))

@@ -40,7 +40,7 @@ def test_figure_7_says_what_was_put_in(rates):
 
 def test_figure_8():
     """Without collisions as read off the chart, within 10%; with them less for each ring more that must not collide."""
-    told = network_flows.routed_bandwidths(seeds=12)
+    told = network_flows.routed_bandwidths(hashes=12)
     for item in network_flows.routed_items(told):
         if "adaptive" in item.item or "static" in item.item:
             assert item.ratio == pytest.approx(1, abs=0.1)
@@ -79,7 +79,7 @@ def test_forwarding_keeps_clear_of_collisions():
 
 @pytest.mark.slow
 def test_the_page(tmp_path):
-    made = network_flows.section(tokens=256, seeds=10)
+    made = network_flows.section(network_flows.Options(tokens=256, hashes=10))
     draw_figures(made, tmp_path)
     for name, _ in made.figures:
         assert f"({name}.png)" in as_markdown(made)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from dsv3_jax.config import ConfigError
-from experiments.paper.offload import Arguments, section
+from experiments.paper.offload import Options, section
 from tests.experiments.paper.pages import checked
 
 
 def test_page(tmp_path):
-    items = checked(section(Arguments(tokens=512)), tmp_path)
+    items = checked(section(Options(tokens=512)), tmp_path)
     assert items["table 4, step: sum of its parts, s"].ratio == pytest.approx(1, abs=2e-3)
     assert items["the same with a co-processor, s"].ours == pytest.approx(19.90 - 19.13 * 20 / 132)
     turn, beside = "4,096 tokens, dispatch then combine, ms", "the same, one's dispatch beside another's combine, ms"
@@ -23,7 +23,7 @@ def test_page(tmp_path):
 
 def test_one_node_needs_no_copies():
     """M = 1: switches have nothing to copy."""
-    items = {item.item: item.ours for item in section(Arguments(tokens=512, limit=1)).items}
+    items = {item.item: item.ours for item in section(Options(tokens=512, limit=1)).items}
     for kind in ("out of the NIC, KB a token there and back", "into the NIC, KB", "NVLink, KB"):
         assert items[f"GPUs forward: {kind}"] == items[f"switches copy, for nodes: {kind}"]
 
@@ -34,4 +34,4 @@ def test_one_node_needs_no_copies():
     ({"compute_bound": 2}, r"compute_bound \(2\)"), ({"machine": "h900"}, "hardware h900 is unknown")])
 def test_nonsense_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
-        section(Arguments(**{"tokens": 64} | options))
+        section(Options(**{"tokens": 64} | options))
