@@ -19,6 +19,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from dsv3_jax.codesign.checks import at_least, positive, share
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.hardware import Hardware
 from dsv3_jax.codesign.links import Link
@@ -55,11 +56,12 @@ class Workload:
     """Chance that a draft is accepted if those before it are (80 to 90%: paper 1, section 2.3.3)."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if not 0 <= self.acceptance <= 1:
-            raise ConfigError(f"acceptance ({self.acceptance}) must lie in [0, 1]: 0.85 is 85%")
+        at_least(1, tokens=self.tokens, context=self.context)
+        for name in ("hidden", "expert_devices"):
+            if getattr(self, name) is not None:
+                at_least(1, **{name: getattr(self, name)})
+        positive(dispatch_bytes=self.dispatch_bytes, combine_bytes=self.combine_bytes, weight_bytes=self.weight_bytes)
+        share(acceptance=self.acceptance)
         if not 0 <= self.drafts < self.tokens:
             raise ConfigError(f"drafts ({self.drafts}) must be at least 0 and below tokens ({self.tokens}), of which a "
                               "sequence has 1 + drafts")
@@ -167,8 +169,9 @@ def attention_seconds(work: Workload, hardware: Hardware) -> float:
     read = (weights * work.weight_bytes
             + work.sequences * seen * bytes_per_token(m, work.cache, mtp=False) / m.num_hidden_layers)
     widths = 2 * m.kv_lora_rank + m.qk_rope_head_dim if m.attention == "mla" else 2 * m.kv_head_dim
-    flops = work.tokens * (2.0 * weights + 2.0 * m.num_attention_heads * widths * seen)
-    return max(read / hardware.hbm_bandwidth, flops / hardware.peak_flops["bf16"])
+    core = 2.0 * m.num_attention_heads * widths * seen  # in bf16 whatever the weights' format (paper 2, section 3.3.1)
+    computing = work.tokens * (2.0 * weights / _peak(work, hardware) + core / hardware.peak_flops["bf16"])
+    return max(read / hardware.hbm_bandwidth, computing)
 
 
 def experts_seconds(work: Workload, hardware: Hardware) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsv3_jax.codesign.checks import at_least, positive
 from dsv3_jax.codesign.links import LINKS, Link
 from dsv3_jax.config import ConfigError, named
 
@@ -45,6 +46,11 @@ class Hardware:
     source: str
     compiles_as: str | None = None
     """The entry of `HARDWARE` whose compiler target serves a machine of one's own; None: the one of this name."""
+
+    def __post_init__(self) -> None:
+        positive(hbm_bytes=self.hbm_bytes, hbm_bandwidth=self.hbm_bandwidth,
+                 **{f"peak_flops.{name}": peak for name, peak in self.peak_flops.items()})
+        at_least(1, devices_per_chip=self.devices_per_chip, largest_scale_up=self.largest_scale_up)
 
 
 # Hopper's tensor cores, SXM module, in H800, H100 and H200 alike: NVIDIA's H100 architecture white paper, without

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_jax.config import named
+from dsv3_jax.codesign.checks import not_negative, positive
+from dsv3_jax.config import ConfigError, named
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,13 @@ class Link:
     latency: float | None
     """Seconds for a small message from end to end; on a torus between neighbours, so once for each hop."""
     name: str
+
+    def __post_init__(self) -> None:
+        positive(bandwidth=self.bandwidth, effective=self.effective)
+        not_negative(latency=self.latency or 0.0)
+        if self.effective > self.bandwidth:
+            raise ConfigError(f"effective ({self.effective:g}) must not exceed the nominal bandwidth "
+                              f"({self.bandwidth:g})")
 
 
 LINKS: dict[str, Link] = {

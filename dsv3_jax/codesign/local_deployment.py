@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dsv3_jax.codesign.checks import not_negative, positive
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.dense_models import DenseModel
 from dsv3_jax.codesign.local_machines import LocalMachine
@@ -69,8 +70,10 @@ def tokens_per_second(model: ModelConfig | DenseModel, machine: LocalMachine, bi
     """Bound of one sequence with `context` tokens in its cache and weights of `bits`.
 
     Raises:
-      ConfigError: the model does not fit the machine's memories.
+      ConfigError: a number makes no sense, or the model does not fit the machine's memories.
     """
+    positive(bits=bits)
+    not_negative(context=context)
     weights = weights_of(model)
     cache = context * weights.cache_bytes
     model_bytes, room = weights.total * bits / 8 + cache, machine.gpu.bytes if machine.gpu else 0.0

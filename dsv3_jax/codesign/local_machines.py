@@ -16,17 +16,20 @@ section 2.2.2). Bytes and bytes/s. One's own come from a TOML file:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv3_jax.codesign.checks import positive
 from dsv3_jax.codesign.hardware_file import LEAST_BANDWIDTH, LEAST_BYTES
 from dsv3_jax.codesign.toml_fields import Fields
-from dsv3_jax.config import named
+from dsv3_jax.config import ConfigError, named
 
 _GIB = 2 ** 30
 
 
-class Memory(NamedTuple):
+@dataclass(frozen=True)
+class Memory:
     """Memory and how fast its processor reads it."""
 
     bytes: float
@@ -34,6 +37,12 @@ class Memory(NamedTuple):
     """Nominal."""
     effective: float
     """Reached in practice; the nominal figure where none is published."""
+
+    def __post_init__(self) -> None:
+        positive(bytes=self.bytes, bandwidth=self.bandwidth, effective=self.effective)
+        if self.effective > self.bandwidth:
+            raise ConfigError(f"effective ({self.effective:g}) must not exceed the nominal bandwidth "
+                              f"({self.bandwidth:g})")
 
 
 class LocalMachine(NamedTuple):
@@ -83,7 +92,7 @@ def load_machine(path: Path | str) -> LocalMachine:
 
 
 def _memory(fields: Fields, table: str) -> Memory:
-    inner = fields.within(table, Memory._fields)
+    inner = fields.within(table, ("bytes", "bandwidth", "effective"))
     bandwidth = inner.quantity("bandwidth", "bytes/s", LEAST_BANDWIDTH)
     effective = inner.quantity("effective", "bytes/s", LEAST_BANDWIDTH, bandwidth)
     if effective > bandwidth:

@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from dsv3_jax.codesign.checks import at_least, positive
 from dsv3_jax.codesign.counting import count_parameters
 from dsv3_jax.codesign.step_buffers import dispatch_slots
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
@@ -160,7 +161,12 @@ def serving_memory(config: ModelConfig, expert_devices: int, rows: int, tokens: 
 
     Args:
       weight_bytes: of one weight; 1 is float8, in which embedding and head stay in bf16 (paper 2, section 3.3.1).
+
+    Raises:
+      ConfigError: a number makes no sense.
     """
+    at_least(1, expert_devices=expert_devices, rows=rows, tokens=tokens)
+    positive(weight_bytes=weight_bytes)
     here = math.ceil(config.n_routed_experts / expert_devices)
     parts = dict(count_parameters(config).by_part)
     parts.pop("multi-token prediction", None)

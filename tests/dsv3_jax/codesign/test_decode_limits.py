@@ -84,6 +84,14 @@ def test_floors_of_compute_by_hand():
         4 * 2 * 128 * (576 + 512) * 100 / 1e12)
 
 
+def test_projections_in_float8_and_attentions_core_in_bf16():
+    device, work = toy(1e30, 1e12), Workload(V3, tokens=4, context=100)
+    wider = dataclasses.replace(work, weight_bytes=2)
+    projections = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168 + 1536 + 512
+    assert attention_seconds(wider, device) - attention_seconds(work, device) == pytest.approx(
+        4 * 2 * projections * (1 / 1e12 - 1 / 2e12))
+
+
 def test_grouped_attention_reads_keys_and_values():
     grouped = dataclasses.replace(V3, attention="gqa", num_key_value_heads=8, head_dim=128)
     one, two = (attention_seconds(Workload(grouped, tokens=1, context=context), toy(1e9, 1e30)) for context in (1, 2))
@@ -113,8 +121,11 @@ def test_the_papers_caveats():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"tokens": 0}, r"tokens \(0\) must be at least 1"), ({"context": 0}, r"context \(0\) must be at least 1"),
-    ({"acceptance": 85}, r"acceptance \(85\) must lie in \[0, 1\]: 0.85 is 85%"),
+    ({"tokens": 0}, r"tokens \(0\) must be a whole number of at least 1"), ({"context": 0}, r"context \(0\)"),
+    ({"expert_devices": 0}, r"expert_devices \(0\)"), ({"expert_devices": -8}, r"expert_devices \(-8\)"),
+    ({"hidden": 0}, r"hidden \(0\)"), ({"dispatch_bytes": 0}, r"dispatch_bytes \(0\)"),
+    ({"combine_bytes": -2}, r"combine_bytes \(-2\)"), ({"weight_bytes": float("nan")}, r"weight_bytes \(nan\)"),
+    ({"acceptance": 85}, r"acceptance \(85\) must lie between 0 and 1"),
     ({"drafts": 32}, r"drafts \(32\) must be at least 0 and below tokens \(32\)"),
     ({"model": MODELS["deepseek_v2"], "drafts": 1}, r"drafts \(1\) must be 0: the model has no multi-token")])
 def test_nonsense_is_refused(change, message):

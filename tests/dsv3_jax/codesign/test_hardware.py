@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -9,6 +10,7 @@ import re
 import pytest
 
 from dsv3_jax.codesign.hardware import HARDWARE, all_to_all_hops, hardware, peak_bf16_flops
+from dsv3_jax.codesign.links import Link
 from dsv3_jax.config import ConfigError
 
 ENTRIES = pytest.mark.parametrize("entry", HARDWARE.values(), ids=HARDWARE)
@@ -107,6 +109,19 @@ def test_unknown_name(name, hint):
     ("cpu", None), ("NVIDIA L4", None), ("TPU v3", None)])
 def test_peak_of_a_device_jax_names(device_kind, peak):
     assert peak_bf16_flops(device_kind) == peak
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Link(-50e9, 40e9, None, "x"), r"bandwidth \(-50000000000.0\) must be a finite number above 0"),
+    (lambda: Link(50e9, 0, None, "x"), r"effective \(0\)"), (lambda: Link(50e9, 40e9, -1e-6, "x"), r"latency"),
+    (lambda: Link(50e9, 60e9, None, "x"), r"effective \(6e\+10\) must not exceed the nominal bandwidth \(5e\+10\)"),
+    *((lambda change=change: dataclasses.replace(hardware("h800"), **change), message) for change, message in (
+        ({"hbm_bytes": 0}, r"hbm_bytes \(0\)"), ({"hbm_bandwidth": float("inf")}, r"hbm_bandwidth \(inf\)"),
+        ({"peak_flops": {"bf16": -1.0}}, r"peak_flops.bf16 \(-1.0\)"),
+        ({"largest_scale_up": 0}, r"largest_scale_up \(0\)"), ({"devices_per_chip": 0}, r"devices_per_chip \(0\)")))])
+def test_nonsense_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3,), (5,), (16,), (2, 2), (4, 1), (3, 4), (16, 16), (4, 4, 8),

@@ -73,6 +73,16 @@ def test_a_model_that_does_not_fit():
         tokens_per_second(MODELS["deepseek_v3"], LOCAL_MACHINES["ryzen_ai_max"], 4.5)
 
 
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Memory(0, 1.0, 1.0), r"bytes \(0\)"), (lambda: Memory(1.0, -1.0, 1.0), r"bandwidth \(-1.0\)"),
+    (lambda: Memory(1.0, 1.0, 2.0), r"effective \(2\) must not exceed the nominal bandwidth \(1\)"),
+    (lambda: tokens_per_second(SMALL, LOCAL_MACHINES["m4_max"], 0), r"bits \(0\)"),
+    (lambda: tokens_per_second(SMALL, LOCAL_MACHINES["m4_max"], 8, context=-1), r"context \(-1\)")])
+def test_nonsense_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
 def test_machines_of_ones_own(tmp_path):
     path = tmp_path / "mine.toml"
     lines = local_machines.__doc__.splitlines()

@@ -101,6 +101,14 @@ def test_what_is_not_modelled_is_refused():
         abstract_mesh(RUNS["deepseek_v3_h800"].mesh, 1024)
 
 
+@pytest.mark.parametrize(("numbers", "message"), [
+    ((0, 1, 1), r"expert_devices \(0\)"), ((-8, 1, 1), r"expert_devices \(-8\)"), ((8, 0, 1), r"rows \(0\)"),
+    ((8, 1, -1), r"tokens \(-1\)"), ((8, 1, 1, 0), r"weight_bytes \(0\)")])
+def test_nonsense_is_refused(numbers, message):
+    with pytest.raises(ConfigError, match=message):
+        serving_memory(MODELS["deepseek_v3"], *numbers)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "float32", "float8", "int8"])
 @pytest.mark.parametrize("model", [
     MODELS["deepseek_v3"], MODELS["deepseek_v2_lite"], GQA, dataclasses.replace(MODELS["tiny"], attention_window=8)],
