@@ -1,4 +1,5 @@
-"""Ways on small networks against networkx's, rates against closed forms, and what happens to flows in losses."""
+"""Ways on small networks against networkx's, rates against closed forms and against linear programs on random graphs,
+and what happens to flows in losses."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from dsv3_jax.codesign.networks.routing import Flows, routes
 from dsv3_jax.codesign.networks.shortest_paths import ShortestPaths
 from dsv3_jax.codesign.networks.simulate import complete
 from dsv3_jax.config import ConfigError
+from tests.dsv3_jax.codesign.networks.linear_programs import by_linear_programs
 
 RATES = Rates(nic=1.0, nvlink=4.0, cable=1.0)
 NETWORKS = [fat_tree.two_layer(4), fat_tree.two_layer(8, 10), fat_tree.three_layer(4), slim_fly.slim_fly(4, 1),
@@ -199,6 +201,56 @@ def test_a_lost_spine_costs_its_share():
         flows = flows_of(*((e, e + 16, 1) for e in range(16)))
         rates = max_min_rates(routes(cluster, flows, "adaptive"), cluster.capacity_L())
         np.testing.assert_allclose(rates, expected)
+
+
+@st.composite
+def random_networks(draw) -> Network:
+    """2 to 5 switches, each joined to an earlier one, up to 5 cables more, some side by side; 1 or 2 endpoints each."""
+    switches = draw(st.integers(2, 5))
+    cables = [(draw(st.integers(0, s - 1)), s) for s in range(1, switches)]
+    switch = st.integers(0, switches - 1)
+    pairs = st.tuples(switch, switch).filter(lambda pair: pair[0] != pair[1])
+    cables += draw(st.lists(pairs, max_size=5))
+    held = draw(st.lists(st.integers(1, 2), min_size=switches, max_size=switches))
+    return Network("random", 16, np.repeat(np.arange(switches), held), np.array(cables), np.zeros(switches, int))
+
+
+def ended_by_linear_programs(matrix_LF: np.ndarray, capacity_L: np.ndarray, bytes_F: np.ndarray) -> np.ndarray:
+    """float64 [F], seconds: rates by programs, anew whenever a flow has ended."""
+    rest_F, seconds_F, now = bytes_F.copy(), np.zeros(len(bytes_F)), 0.0
+    while (active := rest_F > 1e-9 * bytes_F).any():
+        rate_F = np.zeros(len(bytes_F))
+        rate_F[active] = by_linear_programs(matrix_LF[:, active], capacity_L)
+        step = (rest_F[active] / rate_F[active]).min()
+        rest_F, now = rest_F - rate_F * step, now + step
+        seconds_F[active] = now
+    return seconds_F
+
+
+@settings(max_examples=20, deadline=None)
+@given(random_networks(), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from([1.0, 2.0, 5.0])),
+                                   min_size=1, max_size=4), st.floats(0.3, 3.0))
+def test_random_graphs_against_a_second_computation(network, sent, cable):
+    """Ways by networkx, rates by linear programs, ends by stepping from one to the next: nothing of ours but the
+    network's own description."""
+    sent = [(a % network.endpoints, b % network.endpoints, size) for a, b, size in sent]
+    flows = flows_of(*([flow for flow in sent if flow[0] != flow[1]] or [(0, network.endpoints - 1, 1.0)]))
+    ends, cables = network.endpoints, network.links
+    second = np.zeros((2 * ends + 2 * cables, len(flows.bytes_F)))  # NICs out, NICs in, cables there and back
+    for flow, (source, target, _) in enumerate(zip(*flows, strict=True)):
+        second[source, flow] = second[ends + target, flow] = 1
+        start, end = network.switch_E[source], network.switch_E[target]
+        ways = cable_ways(network, start, end) if start != end else [()]
+        for way in ways:
+            second[[2 * ends + one for one in way], flow] += 1 / len(ways)
+    capacity = np.repeat([1.0, cable], [2 * ends, 2 * cables])
+    cluster = Cluster(network, Rates(1.0, 1.0, cable), 1)
+    matrix = routes(cluster, flows, "adaptive", forward="none")
+    # The programs' own tolerance, and that of a rest that counts as none.
+    np.testing.assert_allclose(max_min_rates(matrix, cluster.capacity_L()), by_linear_programs(second, capacity),
+                               rtol=1e-5)
+    np.testing.assert_allclose(complete(matrix, cluster.capacity_L(), flows.bytes_F).seconds_F,
+                               ended_by_linear_programs(second, capacity, flows.bytes_F), rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
