@@ -102,7 +102,7 @@ def section(options: Options = Options()) -> Section:
     return Section(
         "KV caches and experts' rows on one PCIe link (paper 1, section 4.5)",
         f"A decode step of section 2.3.2 ({options.nic:g} GB/s from the NIC, computing takes "
-        f"{options.compute_ratio:g} of the time of the exchange beside it) while caches of {options.context:,} "
+        f"{options.compute_ratio:g} times as long as the exchange beside it) while caches of {options.context:,} "
         f"tokens come from the CPU over the same {options.pcie:g} GB/s into the GPU, at random times. Devices wait "
         "for each other after each exchange, so a transfer to any of a group slows all: the larger the group, the "
         "smaller the load that costs the full price. All of the model is in `dsv3_jax/codesign/contention.py`.",
@@ -165,7 +165,8 @@ def draw(options: Options) -> Any:
     left.plot(loads / 1e9, [result.mean for result in results], "s-", label="exchange first, or own paths")
     left.set(xscale="log", xlabel="KV load, GB/s a GPU", ylabel="decode step over undisturbed (dotted: worst)",
              title="What transfers cost a step")
-    left.legend(fontsize=8)
+    left.set_ylim(top=left.get_ylim()[1] + 0.15)  # room for the legend
+    left.legend(fontsize=8, loc="upper left", ncols=2)
     for name, port in {"PCIe shared": shared, "exchange first": first, "NIC in the I/O die": own,
                        f"CPU-GPU link of {options.cpu_link:g} GB/s": nvlink}.items():
         times = np.array([told(port, load, min(32, options.devices), options).transfer for load in LOADS]) * 1e3
@@ -173,7 +174,8 @@ def draw(options: Options) -> Any:
         right.plot(loads[shown] / 1e9, times[shown], "o-", label=name)
     right.set(xscale="log", yscale="log", xlabel="KV load, GB/s a GPU", ylabel="ms until a transfer is done",
               title=f"Transfers of {options.context:,} tokens; ends where they pile up")
-    right.legend(fontsize=8)
+    right.set_ylim(bottom=right.get_ylim()[0] / 4)
+    right.legend(fontsize=8, loc="lower left")
     return figure
 
 

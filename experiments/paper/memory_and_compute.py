@@ -12,6 +12,7 @@ the real compilers made of them. --preset and --pod take others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,10 +91,13 @@ def _table_1() -> list[Item]:
 
 def _table_2() -> list[Item]:
     """Training FLOPs of one token."""
-    def dense(key: str) -> float:
-        return DENSE_MODELS[key].training_flops_per_token(4096) / 1e9
-    qwen, llama = DENSE_MODELS["qwen2.5_72b"], DENSE_MODELS["llama3.1_405b"]
-    projections = 6 * llama.layers * 2 * llama.hidden * llama.kv_heads * llama.head_dim / 1e9
+    def dense(key: str, causal: bool = True) -> float:
+        return DENSE_MODELS[key].training_flops_per_token(4096, causal) / 1e9
+
+    def projections(key: str) -> float:  # to keys and values
+        model = DENSE_MODELS[key]
+        return 6 * model.layers * 2 * model.hidden * model.kv_heads * model.head_dim / 1e9
+    llama, llama_projections = dense("llama3.1_405b"), projections("llama3.1_405b")
     return [
         Item("table 2, DeepSeek-V2, GFLOP a token", 155,
              training_flops_per_token(MODELS["deepseek_v2"], 4096, mtp=False) / 1e9),
@@ -101,13 +105,13 @@ def _table_2() -> list[Item]:
              "the rates of table 4 give 249.7; with multi-token prediction "
              f"{training_flops_per_token(V3, 4096) / 1e9:.1f}"),
         Item("table 2, Qwen-72B, GFLOP a token", 394, dense("qwen2.5_72b"),
-             f"Qwen-2.5's sizes; those of Qwen 72B give {dense('qwen_72b'):.1f}. The printed number is less than 6 for "
-             f"each of the {qwen.matrix_weights / 1e9:.1f}B weights without the embedding "
-             f"({6e-9 * qwen.matrix_weights:.0f}): it is that of 65.7B and no attention, and no count of any published "
-             "Qwen that also gives the other lines was found"),
-        Item("table 2, LLaMA-405B, GFLOP a token", 2448, dense("llama3.1_405b"),
-             f"without projections to keys and values ({projections:.1f}), or with half of attention's core (as "
-             f"much), it is {dense('llama3.1_405b') - projections:.1f}")]
+             f"Qwen-2.5's sizes; those of Qwen 72B give {dense('qwen_72b'):.1f}, and "
+             f"{dense('qwen_72b', causal=False) - projections('qwen_72b'):.1f} without projections to keys and values, "
+             "all of attention's square counted: presumably the printed number, although the other lines have the "
+             "lower triangle"),
+        Item("table 2, LLaMA-405B, GFLOP a token", 2448, llama,
+             f"without projections to keys and values ({llama_projections:.1f}), as Qwen's line seems to be, it is "
+             f"{llama - llama_projections:.1f}; but so it is with them and half of attention's core, which is as much")]
 
 
 def _section_4_3() -> list[Item]:
@@ -128,6 +132,7 @@ def _section_4_3() -> list[Item]:
         Item("section 4.3, the same, one a node, 4 nodes at most, KB", None, float(shared.mean()) * there_and_back)]
 
 
+@functools.cache
 def copies(limit: int) -> tuple[Any, ...]:
     """`traffic.rows_of_tokens` of V3's router with that node limit, on 8 nodes of 8 devices."""
     topology = Topology(V3.n_routed_experts, scale_out=8, scale_up=8)

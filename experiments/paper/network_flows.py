@@ -60,6 +60,9 @@ nodes a NIC of one rate shows as 4/3, 8/7 and 16/15 of it; on two nodes NVLink, 
 that wants it, is full before the NIC is half busy. NCCL's all-to-all counts what stays in the node alike, and shows \
 the same rate.
 
+Of DeepEP's low-latency kernels the two times on 8 GPUs are used up as well: what they take beyond their bytes over \
+NVLink is what every number of GPUs is given.
+
 Figure 8's layout is not published. With tensor parallelism of t in a node, 8/t of its NICs serve one data-parallel \
 group. 57 GB/s at t = 8, on a NIC of 50, is S/time of a gather by 8 members (50 times 8/7), so 8 nodes are taken: \
 under two leaves of 64 ports, the least where cables can collide. NICs and cables have their nominal 50 GB/s, and \
@@ -134,7 +137,8 @@ def deepep_items(calibrated: dict[int, deepep.Kernel], papers: dict[int, deepep.
                                                 "modelled")
     items += [Item(f"figure 7, {part} on {gpus} GPUs at the paper's effective rates, GB/s",
                    getattr(deepep.PUBLISHED[gpus], part) / 1e9, getattr(papers[gpus], part),
-                   "nothing calibrated: NIC 40 and NVLink 160 GB/s, section 4.3")
+                   "nothing calibrated: NIC 40 and NVLink 160 GB/s, section 4.3"
+                   + ("; forwarding kernels do not reach these 160" if gpus == 16 else ""))
               for gpus in (16, 32, 64, 128) for part in deepep.Kernel._fields]
     return items
 
@@ -144,12 +148,15 @@ def low_latency_items(rates: Rates) -> list[Item]:
     startup, items = deepep.calibrated_startup(rates), []
     for gpus, published in deepep.LOW_LATENCY.items():
         if gpus == 8:
+            items += [Item(f"DeepEP docs/legacy.md, low-latency {part} on 8 GPUs, us", None,
+                           getattr(published, part) * 1e6, f"an input: {getattr(startup, part) * 1e6:.0f} us of it are "
+                           "beyond its bytes, and taken for all") for part in deepep.Kernel._fields]
             continue
         ours = deepep.low_latency(gpus, rates, startup, draws=2 if gpus < 128 else 1)
         items += [Item(f"DeepEP docs/legacy.md, low-latency {part} on {gpus} GPUs, us", getattr(published, part) * 1e6,
                        getattr(ours, part) * 1e6,
-                       f"predicted: bytes at the rates above, and {getattr(startup, part) * 1e6:.0f} us that 8 GPUs "
-                       "take beyond theirs; waits for the busiest NIC")
+                       "predicted: bytes at the rates above, waiting for the busiest NIC, and what 8 GPUs take beyond "
+                       "theirs")
                   for part in deepep.Kernel._fields]
     return items
 
@@ -183,7 +190,8 @@ def routed_items(told: Routed) -> list[Item]:
             note = f"predicted, with no collisions; {CHART}"
             if policy == "ecmp":
                 low, high = np.quantile(told[tp]["ecmp"], [0.05, 0.95])
-                note = f"predicted; one hash in ten lies outside {low:.0f} to {high:.0f}; {CHART}"
+                chart = "the paper's, of hashes not told, too" if low <= value <= high else "the paper's does not"
+                note = f"predicted, the mean; nine hashes in ten lie in {low:.0f} to {high:.0f}, {chart}; {CHART}"
             items.append(Item(f"figure 8, RoCE, all-gather and reduce-scatter, TP={tp}, {policy}, GB/s", value,
                               float(told[tp][policy].mean()), note))
         items.append(Item(f"RoCE, all-gather, TP={tp}, ecmp with 4 queue pairs, GB/s", None,
@@ -332,7 +340,7 @@ def draw_losses(told: Lost) -> Any:
         axis.set(xticks=range(len(names)), xticklabels=[name.replace(" between", "\nbetween") for name in names])
     axis.plot([], [], "k_", label="median flow between nodes")
     axis.axhline(1, color="gray", lw=0.7)
-    axis.set(ylabel="time over the whole network's, adaptive",
+    axis.set(ylabel="time over the whole network's, adaptive", ylim=(0, 3.2),
              title="2,048 GPUs, dispatch of 32 groups of 64, one part lost")
     axis.legend(fontsize=8)
     return figure

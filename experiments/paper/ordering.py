@@ -78,7 +78,7 @@ def _items(network: Network) -> Iterator[Item]:
     yield Item("link reached by one thread with fences, GB/s", None, bandwidth_reached(ROW, network, 1) / 1e9)
     for threads in (1, 8, 32, 128):
         took = exchange_seconds(messages, ROW, network, threads) * 1e6
-        yield Item(f"dispatch of {messages} messages, a fence each, {threads} threads, us", None, took)
+        yield Item(f"dispatch of {messages} messages, a fence each, {_threads(threads)}, us", None, took)
     peers = messages // CHOICES
     yield Item(f"{CHOICES} messages to each of {peers} peers, a thread and a fence a peer, us", None,
                exchange_seconds(peers, CHOICES * ROW, network, peers) * 1e6, "one flag after all that go to a peer")
@@ -92,6 +92,10 @@ def _items(network: Network) -> Iterator[Item]:
                "in a stream without a pause, over sprayed paths")
 
 
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 def draw(network: Network) -> Any:
     """Against the size of a message."""
     pyplot = import_pyplot()
@@ -102,7 +106,7 @@ def draw(network: Network) -> Any:
     left.set(xscale="log", yscale="log", xlabel="bytes", ylabel="us until the flag is seen", title="One message")
     for threads in (1, 8, 32, 128):
         middle.plot(sizes, [bandwidth_reached(size, network, threads) / 1e9 for size in sizes],
-                    label=f"fences, {threads} threads")
+                    label=f"fences, {_threads(threads)}")
     middle.axhline(network.bandwidth / 1e9, color="black", linestyle=":", label="ordered by the receiver")
     middle.set(xscale="log", xlabel="bytes", ylabel="GB/s", title="A stream of messages, a flag each")
     for scope in ("regions", "sequence numbers"):

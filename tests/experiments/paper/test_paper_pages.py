@@ -36,6 +36,7 @@ def test_tables_1_and_2(memory):
         assert round(items[f"table 2, DeepSeek-{model}, GFLOP a token"].ours) == digits
     assert "it is 2447.9" in items["table 2, LLaMA-405B, GFLOP a token"].note
     assert items["table 2, Qwen-72B, GFLOP a token"].ratio > 1.1
+    assert "and 394.0 without projections" in items["table 2, Qwen-72B, GFLOP a token"].note
     assert all(item.note for item in memory.items if item.ratio and abs(item.ratio - 1) > 0.005)
 
 
@@ -113,6 +114,9 @@ def test_one_page_of_all(tmp_path, monkeypatch, capsys):
         "item": "table 0, x", "paper": 2.0, "ours": 3.0, "ratio": 1.5, "note": "a < b"}
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "page.html").read_text()
+    assert "Of 2 such numbers 0 within 1%, 0 within 5%, 0 within 15% are met" in page
+    assert page.count("<td>table 0, x</td>") == 4  # once a section, and both at the top
+    assert "<i>ratio</i>" in page
     assert page.count("<h2>Tables &amp; claims</h2>") == page.count('src="data:image/png;base64,iVBOR') == 2
     assert "<p>Of <code>code</code>.</p>" in page
     assert "<p>And <b>more</b> &lt; that.</p>" in page
