@@ -69,11 +69,11 @@ def in_short(sections: Sequence[Section]) -> Section:
     """How to read the page, how many of the paper's numbers are met, and those that are not."""
     told = [(abs(item.ratio - 1), item) for section in sections for item in section.items if item.ratio is not None]
     near = {within: sum(off <= within for off, _ in told) for within in (0.01, 0.05, FAR)}
-    met = ", ".join(f"{count} within {within:.0%}" for within, count in near.items())
+    met = ", ".join(f"{count} within {within:.0%}" for within, count in near.items())  # each has those before it
     text = ("Each section is a script of `experiments/paper`, made from calculation and simulation alone. *Paper* is "
             "what the paper prints, or the source that the line names; *ratio* is ours over that. A line without a "
             "number there is ours to add, or an input that something was calibrated on, as its note then says.\n\n"
-            f"Of {len(told)} such numbers {met} are met (each count has those before it).")
+            f"Of {len(told)} such numbers ours meet {met}.")
     far = tuple(item for off, item in told if off > FAR)
     return Section("In short", f"{text} The others are:" if far else text, far)
 

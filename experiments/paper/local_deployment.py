@@ -60,7 +60,7 @@ def _pc_items() -> list[Item]:
         machine = LOCAL_MACHINES[key]
         speed = tokens_per_second(MODELS["deepseek_v2"], machine, BITS["q4_0"], CONTEXT)
         items.append(Item(f"section 2.2.2, DeepSeek-V2 on {machine.name}, tokens/s", printed, speed.nominal,
-                          f"paper: nearly 20, or twice that, naming no chip; {_why(speed, machine)}"))
+                          f"paper: nearly 20, or twice that, naming no chip; a bound; {_why(speed, machine)}"))
     for key in ("ryzen_ai_max", "dgx_spark", "m4_max"):
         machine = LOCAL_MACHINES[key]
         speed = tokens_per_second(DENSE, machine, BITS["q4_0"], CONTEXT)

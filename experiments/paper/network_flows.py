@@ -190,8 +190,9 @@ def routed_items(told: Routed) -> list[Item]:
             note = f"predicted, with no collisions; {CHART}"
             if policy == "ecmp":
                 low, high = np.quantile(told[tp]["ecmp"], [0.05, 0.95])
-                chart = "the paper's, of hashes not told, too" if low <= value <= high else "the paper's does not"
-                note = f"predicted, the mean; nine hashes in ten lie in {low:.0f} to {high:.0f}, {chart}; {CHART}"
+                among = "among them" if low <= value <= high else "elsewhere"
+                note = (f"predicted, a mean: nine hashes in ten give {low:.0f} to {high:.0f}; {CHART}, tells of no "
+                        f"hash, and lies {among}")
             items.append(Item(f"figure 8, RoCE, all-gather and reduce-scatter, TP={tp}, {policy}, GB/s", value,
                               float(told[tp][policy].mean()), note))
         items.append(Item(f"RoCE, all-gather, TP={tp}, ecmp with 4 queue pairs, GB/s", None,

@@ -114,7 +114,7 @@ def test_one_page_of_all(tmp_path, monkeypatch, capsys):
         "item": "table 0, x", "paper": 2.0, "ours": 3.0, "ratio": 1.5, "note": "a < b"}
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "page.html").read_text()
-    assert "Of 2 such numbers 0 within 1%, 0 within 5%, 0 within 15% are met" in page
+    assert "Of 2 such numbers ours meet 0 within 1%, 0 within 5%, 0 within 15%. The others are:" in page
     assert page.count("<td>table 0, x</td>") == 4  # once a section, and both at the top
     assert "<i>ratio</i>" in page
     assert page.count("<h2>Tables &amp; claims</h2>") == page.count('src="data:image/png;base64,iVBOR') == 2
