@@ -57,9 +57,9 @@ def cost_items() -> list[Item]:
     prices, items = cost.fitted_prices(), []
     notes = {
         "MPFT": "eight of FT2, so what an endpoint costs was fitted",
-        "SF": "predicted; 146.4 to 146.8 within the rounding of what was fitted",
-        "DF": "predicted; rounding leaves 1,548 to 1,552: a flat price is too dear for cables, most of which are short "
-              "ones inside a group here",
+        "SF": "predicted; {low:.1f} to {high:.1f} within the rounding of what was fitted",
+        "DF": "predicted; rounding leaves {low:,.0f} to {high:,.0f}: a flat price is too dear for cables, most of "
+              "which are short ones inside a group here",
     }
     for name, parts in TABLE_3.items():
         total, each = prices.of(parts) / 1e6, prices.of(parts) / 1e3 / parts.endpoints
@@ -69,8 +69,10 @@ def cost_items() -> list[Item]:
                     else f"{printed.millions} M$ in all")
             items.append(Item(f"table 3, {name}, cost, M$", None, total, f"an input: prices are fitted to {said}"))
             continue
-        items += [Item(f"table 3, {name}, cost, M$", printed.millions, total, notes[name]),
-                  Item(f"table 3, {name}, cost of an endpoint, k$", printed.thousands_an_endpoint, each, notes[name])]
+        low, high = (bound / 1e6 for bound in cost.range_within_rounding(parts))
+        note = notes[name].format(low=low, high=high)
+        items += [Item(f"table 3, {name}, cost, M$", printed.millions, total, note),
+                  Item(f"table 3, {name}, cost of an endpoint, k$", printed.thousands_an_endpoint, each, note)]
     return items
 
 

@@ -1,4 +1,4 @@
-"""Who sends how many bytes to whom: all-to-all, an exchange with experts, rings.
+"""Who sends how many bytes to whom: all-to-all, and an exchange with experts (rings: `nccl`).
 
 Where data is forwarded inside nodes, its two legs are flows of their own that run at the same time, as kernels do who
 forward chunk by chunk; all is done when the last leg is.
@@ -84,13 +84,6 @@ def backwards(flows: Flows, factor: float = 1.0) -> Flows:
     """Every flow the other way, with `factor` times its bytes: a combine, from its dispatch."""
     positive(factor=factor)
     return Flows(flows.target_F, flows.source_F, flows.bytes_F * factor)
-
-
-def ring(gpu_M: np.ndarray, bytes_each: float) -> Flows:
-    """Every member sends `bytes_each` to the next, the last to the first."""
-    positive(bytes_each=bytes_each)
-    at_least(2, members=len(gpu_M))
-    return Flows(np.asarray(gpu_M), np.roll(gpu_M, -1), np.full(len(gpu_M), float(bytes_each)))
 
 
 def _check_places(gpu_D: np.ndarray, topology: Topology) -> None:
