@@ -14,6 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
@@ -131,7 +132,7 @@ def _kept_of_row(config: RunConfig) -> float:
 
 
 def _itemsize(config: RunConfig) -> int:
-    return COMPUTE_DTYPE[config.precision](0).dtype.itemsize
+    return np.dtype(COMPUTE_DTYPE[config.precision]).itemsize
 
 
 def cache_bytes(config: ModelConfig, rows: int, tokens: int, kind: CacheFormat = "bf16", mtp: bool = False) -> int:

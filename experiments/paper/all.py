@@ -30,11 +30,12 @@ from experiments.paper import (
     networks,
     offload,
     ordering,
+    training_step,
 )
 from experiments.paper.report import Output, Section, as_markdown, draw_figures, shown
 
-SCRIPTS = (memory_and_compute, local_deployment, decode_limits, networks, network_flows, contention, offload, ordering,
-           failures)
+SCRIPTS = (memory_and_compute, local_deployment, decode_limits, training_step, networks, network_flows, contention,
+           offload, ordering, failures)
 """In the order of the page; each has a function `section()`."""
 TITLE = "Insights into DeepSeek-V3 (arXiv 2505.09343), as running experiments"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,14 @@ class Machine:
 
     hardware: Hardware
     rates: KernelRates
+    domain: int
+    """Devices that the fast network joins."""
+
+    def hops(self, devices: int) -> float:
+        """Mean links that an all-to-all crosses between neighbours on the fast network: on a torus of equal sides that
+        wraps around, a quarter of each side; one through switches."""
+        torus = self.hardware.torus
+        return max(1.0, torus * devices ** (1 / torus) / 4) if torus else 1.0
 
     def time(self, operation: Operation) -> Timed:
         """The larger of FLOPs at the kernel's rate and bytes at HBM's."""
@@ -82,6 +91,7 @@ class LayerTime(NamedTuple):
         return sum(timed.seconds for timed in self.operations if timed.operation.phase == phase)
 
 
+@functools.lru_cache(maxsize=4096)
 def layer_time(work: Work, layer: Layer, machine: Machine, wire: RowBytes | None) -> LayerTime:
     """Of one layer.
 
@@ -90,19 +100,20 @@ def layer_time(work: Work, layer: Layer, machine: Machine, wire: RowBytes | None
     """
     operations = tuple(machine.time(operation) for operation in layer_operations(work, layer))
     has_experts = layer in ("experts", "prediction")
-    return LayerTime(operations, exchange(work, machine.hardware, wire) if wire and has_experts else None)
+    return LayerTime(operations, exchange(work, machine, wire) if wire and has_experts else None)
 
 
-def exchange(work: Work, hardware: Hardware, wire: RowBytes) -> Exchange:
+def exchange(work: Work, machine: Machine, wire: RowBytes) -> Exchange:
     """A token's row crosses the slow network once for each other node, and the fast one once for each device beside the
     one where it enters (paper 2, section 3.2.2). Both networks carry at once what is in flight, at the bandwidths that
     they reach (`links`), so the slower of the two tells."""
     again = wire.dispatch if work.recompute in ("experts", "full") else 0
     passes = (wire.dispatch + wire.combine, wire.dispatch_gradients + wire.combine_gradients + again)
     out, up = (work.tokens * work.imbalance * rows for rows in (work.rows.slow_rows, work.rows.fast_rows))
-    slow, fast = hardware.scale_out, hardware.scale_up
-    forward, backward = (max(_seconds(slow, out, size), _seconds(fast, up, size)) for size in passes)
-    bound = slow if _seconds(slow, out, passes[0]) >= _seconds(fast, up, passes[0]) else fast
+    slow, fast = machine.hardware.scale_out, machine.hardware.scale_up
+    hops = machine.hops(work.fast_devices)
+    forward, backward = (max(_seconds(slow, out, size), _seconds(fast, up * hops, size)) for size in passes)
+    bound = slow if _seconds(slow, out, passes[0]) >= _seconds(fast, up * hops, passes[0]) else fast
     return Exchange(forward, backward, out * sum(passes), up * sum(passes), bound.name)
 
 

@@ -24,6 +24,8 @@ Layer = Literal["dense", "experts", "prediction", "head"]
 """A decoder layer of either kind; a prediction module up to its head, and the head with its loss."""
 
 
+_GRADIENT = 2
+"""Bytes of a gradient's value that linear layers read: bf16, or E4M3 in both tilings."""
 _BOTH_WAYS: tuple[tuple[Phase, str], ...] = (("forward", ""), ("input", ", backward"))
 
 
@@ -56,6 +58,8 @@ class Work:
     rows: RowsAToken
     context: int = 1
     """Devices that share a sequence; each projects all of its keys and values."""
+    fast_devices: int = 1
+    """Of one fast domain that experts are spread over."""
     imbalance: float = 1.0
     """Rows of the fullest device over the mean, for which all wait."""
 
@@ -72,11 +76,6 @@ class Work:
     def narrow(self) -> int:
         """Bytes of a value that a linear layer reads."""
         return 1 if self.fp8 else 2
-
-    @property
-    def both_tilings(self) -> int:
-        """Bytes of a gradient's value as linear layers' gradients read it."""
-        return 2 if self.fp8 else 2
 
 
 def layer_operations(work: Work, layer: Layer) -> list[Operation]:
@@ -124,11 +123,11 @@ def _attention(work: Work) -> Iterator[Operation]:
     yield Operation("attention's core, backward", "input", "core_backward", 2.5 * core, *widths)
     yield _memory("sums over outputs and their gradients", "input", t * out * 4)
     wide = heads * (2 * m.qk_head_dim + m.value_head_dim)
-    yield _memory("gradients of queries, keys, values: rotation and casts", "input", t * wide * (2 + work.both_tilings))
+    yield _memory("gradients of queries, keys, values: rotation and casts", "input", t * wide * (2 + _GRADIENT))
     if work.fp8:  # E4M3 for the product, E5M6 for the backward (section 3.3.3)
         yield _memory("attention's output cast", "forward", t * out * (2 + 1 + 1.5))
         yield _memory("attention's output retiled", "weight", t * out * (1.5 + 1))
-        yield _memory("gradient after attention cast", "input", t * d * (2 + work.both_tilings))
+        yield _memory("gradient after attention cast", "input", t * d * (2 + _GRADIENT))
         yield _memory("attention's inputs retiled", "weight", 2 * t * d)
     yield from _linear(work, "attention's output", out, d)
     yield _memory("residual", "forward", t * d * 6)
@@ -143,7 +142,7 @@ def _latents(work: Work) -> Iterator[Operation]:
     yield from _linear(work, "projections down", m.hidden_size, down)
     latents = query + m.kv_lora_rank
     yield _memory("latents' norms", "forward", t * latents * (2 + narrow))
-    yield _memory("latents' norms, backward", "input", t * latents * (6 + work.both_tilings))
+    yield _memory("latents' norms, backward", "input", t * latents * (6 + _GRADIENT))
     ups = [*_linear(work, "queries up", query, heads * m.qk_head_dim)] if query else []
     ups += _linear(work, "keys and values up", m.kv_lora_rank, heads * (m.qk_nope_head_dim + m.v_head_dim),
                    rows=work.context * t)
@@ -167,7 +166,7 @@ def _gated(work: Work, name: str, inner: int, rows: float, kind: Kind, weights: 
     kept = 2 * inner if work.fp8 else 0
     yield _memory(f"{name}, SwiGLU", "forward", rows * (2 * 2 * inner + narrow * inner + kept))
     yield _memory(f"{name}, SwiGLU backward", "input",
-                  rows * (2 * inner + narrow * 2 * inner + work.both_tilings * 2 * inner + narrow * inner))
+                  rows * (2 * inner + narrow * 2 * inner + _GRADIENT * 2 * inner + narrow * inner))
     if work.fp8:
         yield _memory(f"{name}, inputs retiled", "weight", rows * d * 2)
 
@@ -179,7 +178,7 @@ def _dense(work: Work) -> Iterator[Operation]:
     yield from _gated(work, "feed-forward", m.intermediate_size, t, "product", 3.0 * d * m.intermediate_size)
     yield _memory("residual", "forward", t * d * 6)
     if work.fp8:
-        yield _memory("gradient cast", "input", t * d * (2 + work.both_tilings))
+        yield _memory("gradient cast", "input", t * d * (2 + _GRADIENT))
     yield _memory("feed-forward's norm, backward", "input", t * d * 10)
 
 
@@ -199,7 +198,7 @@ def _experts(work: Work) -> Iterator[Operation]:
         yield _memory(f"nodes' sums{back}", phase, (copies + nodes) * d * 2)
         yield _memory(f"tokens' sums{back}", phase, (nodes + 3 * t) * d * 2)
     if work.fp8:
-        yield _memory("gradient cast", "input", t * d * (2 + work.both_tilings))
+        yield _memory("gradient cast", "input", t * d * (2 + _GRADIENT))
         yield _memory("experts' gradients retiled", "weight", rows * d * 2)
     if work.recompute == "experts":
         yield Operation("experts, gate and up, again", "input", "experts", 4.0 * rows * d * m.moe_intermediate_size,

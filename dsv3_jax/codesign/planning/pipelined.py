@@ -6,14 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from dsv3_jax.codesign.planning.layers import LayerTime, Machine, layer_time
 from dsv3_jax.codesign.planning.operations import Layer, Work
 from dsv3_jax.codesign.sm_tax import Multiprocessors
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.expert_parallel.exchange import RowBytes
-from dsv3_jax.pipeline.schedule import Schedule, Slot, kinds_of, run
+from dsv3_jax.pipeline.schedule import Slot, kinds_of, run
 from dsv3_jax.pipeline.schedules import make
 
 COMMUNICATING = Multiprocessors()
@@ -69,21 +67,24 @@ def split(costs: Sequence[float], stages: int) -> list[int]:
     """
     if len(costs) < stages:
         raise ConfigError(f"pipe ({stages}) must be at most {len(costs)}, the layers that can be divided")
-    total = np.concatenate([[0.0], np.cumsum(costs)])
+    low, high = max(costs), sum(costs)
+    for _ in range(50):  # the least limit under which `stages` stages, filled one after the other, take all
+        limit = (low + high) / 2
+        low, high = (low, limit) if len(_filled(costs, limit)) <= stages else (limit, high)
+    sizes = _filled(costs, high)
+    while len(sizes) < stages:  # fewer would do as well: the first that can be cut gives up its last
+        place = next(index for index, size in enumerate(sizes) if size > 1)
+        sizes[place:place + 1] = [sizes[place] - 1, 1]
+    return sizes
 
-    @functools.cache
-    def best(begin: int, left: int) -> tuple[float, int]:
-        """(dearest stage, end of the first)"""
-        if left == 1:
-            return total[-1] - total[begin], len(costs)
-        ends = range(begin + 1, len(costs) - left + 2)
-        return min((max(total[end] - total[begin], best(end, left - 1)[0]), end) for end in ends)
 
-    sizes, begin = [], 0
-    for left in range(stages, 0, -1):
-        end = best(begin, left)[1]
-        sizes.append(end - begin)
-        begin = end
+def _filled(costs: Sequence[float], limit: float) -> list[int]:
+    """Numbers of costs in stages that stay within the limit, as far as one cost does."""
+    sizes, held = [0], 0.0
+    for cost in costs:
+        if sizes[-1] and held + cost > limit * (1 + 1e-12):
+            sizes, held = [*sizes, 0], 0.0
+        sizes[-1], held = sizes[-1] + 1, held + cost
     return sizes
 
 
@@ -95,6 +96,7 @@ class Pipeline(NamedTuple):
     times: dict[Layer, LayerTime]
 
 
+@functools.lru_cache(maxsize=4096)
 def stages_of(work: Work, pipe: int, machine: Machine, wire: RowBytes | None) -> Pipeline:
     """The model cut into `pipe` stages of about equal computing."""
     times: dict[Layer, LayerTime] = {}
@@ -103,20 +105,20 @@ def stages_of(work: Work, pipe: int, machine: Machine, wire: RowBytes | None) ->
         for layer in piece:
             if layer not in times:
                 times[layer] = layer_time(work, layer, machine, wire)
-    costs = [sum(_stage((layer,), times).computing for layer in piece) for piece in pieces]
+    each = {layer: _stage(time) for layer, time in times.items()}
+    costs = [sum(each[layer].computing for layer in piece) for piece in pieces]
     held, begin = [], 0
     for size in split(costs, pipe):
         held.append(tuple(layer for piece in pieces[begin:begin + size] for layer in piece))
         begin += size
-    return Pipeline(tuple(_stage(layers, times) for layers in held), tuple(held), times)
+    stages = tuple(Stage(*map(sum, zip(*(each[layer] for layer in layers), strict=True))) for layers in held)
+    return Pipeline(stages, tuple(held), times)
 
 
-def _stage(layers: Sequence[Layer], times: dict[Layer, LayerTime]) -> Stage:
-    def total(phase: str) -> float:
-        return sum(times[layer].computing(phase) for layer in layers)  # type: ignore[arg-type]
-    exchanges = [exchange for layer in layers if (exchange := times[layer].exchange) is not None]
-    return Stage(total("forward"), total("input"), total("weight"), sum(one.forward for one in exchanges),
-                 sum(one.backward for one in exchanges))
+def _stage(time: LayerTime) -> Stage:
+    """Of one layer."""
+    there, back = (time.exchange.forward, time.exchange.backward) if time.exchange else (0.0, 0.0)
+    return Stage(time.computing("forward"), time.computing("input"), time.computing("weight"), there, back)
 
 
 def slot_seconds(slot: Slot, stages: Sequence[Stage], slowdown: float) -> float:
@@ -165,12 +167,20 @@ def components(pipeline: Pipeline, schedule: str, micro_batches: int, transfer: 
                 weight += weights
                 backward += seconds - weights
     ranks = table.ranks
-    bubble = sum(timeline.bubble(rank) for rank in range(ranks)) / ranks
+    bubble = timeline.seconds - sum(timeline.busy(rank) for rank in range(ranks)) / ranks
     return Components(forward / ranks, backward / ranks, weight / ranks, together / ranks, bubble, optimizer)
 
 
-def weights_on_rank(schedule: Schedule, pipeline: Pipeline, per_layer: dict[Layer, float]) -> float:
-    """Of the rank with the most, given each layer's on one device."""
-    stages_of_rank = [{work.stage for slot in slots for work in slot} for slots in schedule.slots]
-    return max(sum(per_layer[layer] for stage in stages for layer in pipeline.layers[stage])
-               for stages in stages_of_rank)
+def weights_on_rank(schedule: str, pipeline: Pipeline, per_layer: dict[Layer, float]) -> float:
+    """Of the rank with the most, given each layer's on one device. DualPipe's ranks have two stages, from either
+    end."""
+    held = [sum(per_layer[layer] for layer in layers) for layers in pipeline.layers]
+    return max(mine + opposite * (schedule == "dualpipe") for mine, opposite in zip(held, reversed(held), strict=True))
+
+
+def least_seconds(pipeline: Pipeline, schedule: str, micro_batches: int, optimizer: float) -> float:
+    """No step can be shorter: all work, shared out evenly; where pairs cover exchanges, the longer of both."""
+    computing = sum(stage.computing for stage in pipeline.stages)
+    exchanging = sum(stage.exchange + stage.exchange_back for stage in pipeline.stages)
+    both = max(computing, exchanging) if schedule == "dualpipe" else computing + exchanging
+    return both * micro_batches / len(pipeline.stages) + optimizer

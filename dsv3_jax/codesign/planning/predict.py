@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +23,9 @@ from dsv3_jax.codesign.planning.layout import Layout
 from dsv3_jax.codesign.planning.operations import Layer, Work
 from dsv3_jax.codesign.planning.pipelined import (
     COMMUNICATING,
-    Components,
     Pipeline,
     components,
+    least_seconds,
     stages_of,
     weights_on_rank,
 )
@@ -35,10 +34,9 @@ from dsv3_jax.codesign.step_buffers import topology_of
 from dsv3_jax.codesign.step_traffic import exchange_traffic
 from dsv3_jax.codesign.traffic import RowsAToken, random_choices, rows_a_token
 from dsv3_jax.config import ModelConfig, RunConfig
-from dsv3_jax.expert_parallel.exchange import RowBytes, row_bytes
+from dsv3_jax.expert_parallel.exchange import row_bytes
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.nn.moe import wire_of
-from dsv3_jax.pipeline.schedules import make
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 
 WORKSPACE = 2.3
@@ -99,96 +97,130 @@ def _choices(model: ModelConfig) -> np.ndarray:
     return random_choices(model, ROUTED_TOKENS, seed=0)
 
 
-def predict(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
-            imbalance: float = 1.0) -> Prediction:
-    """Of a step of `config`'s model and batch.
+@dataclass(frozen=True)
+class Draft:
+    """A layout as far as it is known without running its schedule."""
+
+    layout: Layout
+    machine: Machine
+    group: RunConfig
+    work: Work
+    pipeline: Pipeline
+    end: Update
+    memory: dict[str, float]
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def least_seconds(self) -> float:
+        """No step is shorter."""
+        return least_seconds(self.pipeline, self.layout.schedule or "", self.layout.micro_batches, self.end.seconds)
+
+
+def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
+          imbalance: float = 1.0) -> Draft:
+    """Layers' times and memory of a layout.
 
     Args:
       rows: of a token, `rows_of` if not given.
       imbalance: rows of the fullest device over the mean.
 
     Raises:
-      ConfigError: the layout does not divide, the schedule cannot have its sizes, or float8 where there is none.
+      ConfigError: the layout does not divide, or float8 where there is none.
     """
     group = layout.group_config(config)
     tokens = group.batch.micro_batch * group.batch.sequence_length / layout.group
     work = Work(config.model, tokens, config.batch.sequence_length, RECIPES[layout.precision].linear is not None,
-                layout.recompute, rows or rows_of(group), layout.context, imbalance)
+                layout.recompute, rows or rows_of(group), layout.context, layout.scale_up * layout.context, imbalance)
     wire = None
     if layout.expert_parallel > 1:
         itemsize = np.dtype(COMPUTE_DTYPE[layout.precision]).itemsize
         wire = row_bytes(config.model.hidden_size, itemsize, wire_of(RECIPES[layout.precision], group.execution))
-    if layout.pipe > 1:
-        return _in_stages(group, layout, machine, work, wire)
-    return _in_one(group, layout, machine, work, wire)
-
-
-def _in_stages(group: RunConfig, layout: Layout, machine: Machine, work: Work, wire: RowBytes | None) -> Prediction:
-    hardware = machine.hardware
     pipeline = stages_of(work, layout.pipe, machine, wire)
-    name = layout.schedule or "1f1b"
-    table = make(name, layout.pipe, layout.micro_batches)
-    per_layer = weights_of_layers(group.model, layout.expert_parallel)
-    experts = weights_on_rank(table, pipeline, {layer: held[0] for layer, held in per_layer.items()})
-    # The last stage's heads share one weight, and the first stage has the embedding.
-    others = weights_on_rank(table, pipeline, {layer: held[1] for layer, held in per_layer.items()})
-    copies = 2 if name == "dualpipe" else 1
-    end = update(machine, experts, others, copies * layout.data, copies * layout.group)
-    hop = work.tokens * group.model.hidden_size * 2
+    per_layer = weights_of_layers(config.model, layout.expert_parallel)
+    experts, others = (weights_on_rank(layout.schedule or "", pipeline,
+                                       {layer: held[which] for layer, held in per_layer.items()}) for which in (0, 1))
+    copies = layout.data * (2 if layout.schedule == "dualpipe" else 1)
+    end = update(machine, experts, others, copies, layout.expert_parallel)
+    own = experts / copies + others / (copies * layout.expert_parallel)
+    return Draft(layout, machine, group, work, pipeline, end, _memory(group, layout, experts + others, own))
+
+
+def _memory(group: RunConfig, layout: Layout, whole: float, own: float) -> dict[str, float]:
+    """Bytes of a device with `whole` weights, of which `own` are its part of the optimizer's."""
+    kept = kept_activations(group, layout.group) / layout.pipe
+    in_flight = {None: 1, "gpipe": layout.micro_batches, "dualpipe": layout.pipe + 1}.get(layout.schedule, layout.pipe)
+    # Gradients are summed where weights are whole in a pipeline, else where they are spread.
+    summed = whole if layout.pipe > 1 else own * (layout.micro_batches > 1)
+    return {"weights to compute with": WEIGHT_BYTES * (own if layout.zero == "full" else whole),
+            "summed gradients": GRADIENT_BYTES * summed, "master weights and moments": MASTER_BYTES * own,
+            "activations kept": kept * in_flight, "buffers and workspace": kept * (WORKSPACE - 1)}
+
+
+def predict(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
+            imbalance: float = 1.0) -> Prediction:
+    """Of a step of `config`'s model and batch; arguments and errors as of `draft`.
+
+    Raises:
+      ConfigError: or the schedule cannot have these sizes.
+    """
+    return finish(draft(config, layout, machine, rows, imbalance))
+
+
+def finish(known: Draft) -> Prediction:
+    """Runs the schedule."""
+    return _in_stages(known) if known.layout.pipe > 1 else _in_one(known)
+
+
+def _in_stages(known: Draft) -> Prediction:
+    layout, end, pipeline, hardware = known.layout, known.end, known.pipeline, known.machine.hardware
+    model = known.group.model
+    hop = known.work.tokens * model.hidden_size * 2
     slowdown = COMMUNICATING.slowdown if hardware.kind == "gpu" else 1.0
-    parts = components(pipeline, name, layout.micro_batches, hop / hardware.scale_out.effective, slowdown, end.seconds)
+    parts = components(pipeline, layout.schedule or "1f1b", layout.micro_batches, hop / hardware.scale_out.effective,
+                       slowdown, end.seconds)
     chunks = layout.micro_batches / layout.pipe
     traffic = {"pipe": 2 * hop * layout.micro_batches * (layout.pipe - 1) / layout.pipe,
-               **{axis: sent * chunks for axis, sent in _exchanged(group.model, pipeline.times).items()},
+               **{axis: sent * chunks for axis, sent in _exchanged(model, pipeline.times).items()},
                "data": end.fast_bytes + end.slow_bytes}
-    kept = kept_activations(group, layout.group) / layout.pipe
-    in_flight = {"gpipe": layout.micro_batches, "dualpipe": layout.pipe + 1}.get(name, layout.pipe)
-    whole, own = experts + others, experts / (copies * layout.data) + others / (copies * layout.group)
-    memory = {"weights to compute with": WEIGHT_BYTES * whole, "summed gradients": GRADIENT_BYTES * whole,
-              "master weights and moments": MASTER_BYTES * own, "activations in flight": kept * in_flight,
-              "buffers and workspace": kept * (WORKSPACE - 1)}
     names = dict(zip(("1F", "1B", "1W", "1F1B", "bubble", "optimizer"), parts, strict=True))
-    computing = _computing(group.model, pipeline.times)
-    resources = {resource: seconds * chunks for resource, seconds in computing.items()}
+    resources = {resource: seconds * chunks for resource, seconds in _computing(model, pipeline.times).items()}
     rest = parts.seconds - sum(resources.values()) - parts.bubble - end.seconds
     resources |= {"exchanges, or SMs that they take": rest, "pipeline bubble": parts.bubble, **_waits(end, hardware)}
-    return Prediction(layout, names, resources, memory, traffic, pipeline.times)
+    return Prediction(layout, names, resources, known.memory, traffic, pipeline.times)
 
 
-def _in_one(group: RunConfig, layout: Layout, machine: Machine, work: Work, wire: RowBytes | None) -> Prediction:
-    hardware, m, n = machine.hardware, group.model, layout.micro_batches
-    pipeline = stages_of(work, 1, machine, wire)
-    stage = pipeline.stages[0]
-    per_layer = weights_of_layers(m, layout.expert_parallel)
-    counts = _counts(m)
-    experts, others = (sum(per_layer[layer][which] * number for layer, number in counts.items()) for which in (0, 1))
-    end = update(machine, experts, others, layout.data, layout.group)
-    gather = 0.0
-    sent = {"data": end.fast_bytes + end.slow_bytes}
+def _in_one(known: Draft) -> Prediction:
+    layout, end, group, machine = known.layout, known.end, known.group, known.machine
+    hardware, m, n, times = machine.hardware, known.group.model, known.layout.micro_batches, known.pipeline.times
+    stage = known.pipeline.stages[0]
+    gather, sent = 0.0, end.fast_bytes + end.slow_bytes
     if layout.zero == "full":
         # Forward and backward gather weights, and gradients are summed, in every micro-batch; AdamW is left.
-        once = update(machine, experts, others, layout.data, layout.group, gathers=2)
-        gather = max(0.0, n * once.network - n * stage.computing)
-        sent = {"data": n * (once.fast_bytes + once.slow_bytes)}
+        experts, others = (sum(weights_of_layers(m, layout.expert_parallel)[layer][which] * number
+                               for layer, number in _counts(m).items()) for which in (0, 1))
+        once = update(machine, experts, others, layout.data, layout.expert_parallel, gathers=2)
+        gather, sent = n * max(0.0, once.network - stage.computing), n * (once.fast_bytes + once.slow_bytes)
         end = Update(0.0, 0.0, end.memory, 0.0, 0.0)
     exchange = n * (stage.exchange + stage.exchange_back)
     parts = {"forward": n * stage.forward, "backward": n * stage.input, "weight": n * stage.weight,
              "exchange": exchange, "gather": gather, "optimizer": end.seconds}
-    resources = {resource: seconds * n for resource, seconds in _computing(m, pipeline.times).items()}
-    exchanged = pipeline.times["experts"].exchange
+    resources = {resource: seconds * n for resource, seconds in _computing(m, times).items()}
+    exchanged = times["experts"].exchange
+    waits = {hardware.scale_out.name: gather, **_waits(end, hardware)}
     if exchanged is not None:
         resources[exchanged.resource] = exchange
-    for resource, seconds in {hardware.scale_out.name: gather, **_waits(end, hardware)}.items():
+    for resource, seconds in waits.items():
         resources[resource] = resources.get(resource, 0.0) + seconds
-    padded = exchange_traffic(group, layout.group) if group.mesh.transport == "padded" else None
-    axes = ({axis: size * n for axis, size in _exchanged(m, pipeline.times).items()} if padded is None
-            else {"scale_out": padded.between_nodes, "scale_up": padded.inside_node})
-    whole, own = experts + others, experts / layout.data + others / layout.group
-    kept = kept_activations(group, layout.devices)
-    memory = {"weights to compute with": WEIGHT_BYTES * (own if layout.zero == "full" else whole),
-              "summed gradients": GRADIENT_BYTES * own * (n > 1), "master weights and moments": MASTER_BYTES * own,
-              "activations": kept, "buffers and workspace": kept * (WORKSPACE - 1)}
-    return Prediction(layout, parts, resources, memory, axes | sent, pipeline.times)
+    if group.mesh.transport == "padded" and layout.expert_parallel > 1:
+        padded = exchange_traffic(group, layout.group)
+        axes = {"scale_out": padded.between_nodes, "scale_up": padded.inside_node}
+    else:
+        axes = {axis: size * n for axis, size in _exchanged(m, times).items()}
+    return Prediction(layout, parts, {name: seconds for name, seconds in resources.items() if seconds}, known.memory,
+                      axes | {"data": sent}, times)
 
 
 def weights_of_layers(m: ModelConfig, expert_parallel: int) -> dict[Layer, tuple[float, float]]:

@@ -40,7 +40,7 @@ class Attention(NamedTuple):
         return 2 * max(key_width, value_width) / (key_width + value_width) if self.one_width else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelRates:
     """Of one time, on one Hopper."""
 

@@ -13,7 +13,7 @@ from dsv3_jax.codesign.planning.layers import Machine
 
 GRADIENT_BYTES, WEIGHT_BYTES = 4, 2
 OPTIMIZER_BYTES = 4 + 2 * 4 + 2 * 2 * 2 + 2
-"""Of a weight in AdamW: gradient; master weight, read and written; two bf16 moments likewise; weight to compute with."""
+"""Of a weight in AdamW: gradient; master weight, read and written; two bf16 moments likewise; the weight in bf16."""
 
 
 class Update(NamedTuple):
@@ -34,22 +34,29 @@ class Update(NamedTuple):
         return max(self.slow, self.fast)
 
 
-def update(machine: Machine, experts: float, others: float, experts_shared_by: int, others_shared_by: int,
+def update(machine: Machine, experts: float, others: float, copies: int, expert_parallel: int,
            gathers: int = 1) -> Update:
     """Of one device.
 
     Args:
-      experts: weights of routed experts on the device, of which `experts_shared_by` devices, each on another node, have
-        the same.
-      others: all other weights on the device, which `others_shared_by` devices have, in whole nodes if they can.
+      experts: weights of routed experts on the device; `copies` devices have the same.
+      others: all other weights on the device, which copies * expert_parallel devices have.
       gathers: times that weights are sent for one sum of gradients.
     """
     hardware = machine.hardware
     moved = GRADIENT_BYTES + gathers * WEIGHT_BYTES
-    inside = min(others_shared_by, hardware.largest_scale_up)
-    nodes = max(1, others_shared_by // inside)
-    slow = (experts * (experts_shared_by - 1) / experts_shared_by + others / inside * (nodes - 1) / nodes) * moved
-    fast = others * (inside - 1) / inside * moved
-    own = experts / experts_shared_by + others / others_shared_by
+    together = min(copies, max(1, machine.domain // expert_parallel))  # copies of an expert inside one fast domain
+    slow, fast = _hierarchical(experts, copies, together)
+    others_slow, others_fast = _hierarchical(others, copies * expert_parallel,
+                                             min(copies * expert_parallel, machine.domain))
+    slow, fast = (slow + others_slow) * moved, (fast + others_fast) * moved
+    own = experts / copies + others / (copies * expert_parallel)
     return Update(slow / hardware.scale_out.effective, fast / hardware.scale_up.effective,
                   own * OPTIMIZER_BYTES / machine.rates.bytes_per_second(hardware).value, slow, fast)
+
+
+def _hierarchical(weights: float, members: int, inside: int) -> tuple[float, float]:
+    """Weights that one of `members` sends over (the slow network, the fast one) in a reduce-scatter or all-gather, of
+    which `inside` share a fast domain."""
+    domains = max(1, members // inside)
+    return weights / inside * (domains - 1) / domains, weights * (inside - 1) / inside
