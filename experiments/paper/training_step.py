@@ -69,8 +69,8 @@ def _text(options: Options, told: Prediction) -> str:
     return (
         "Calibrated on nothing of the papers' training: products run at the rates of DeepGEMM's first release, "
         "attention at those of FlashAttention on H100, passes over memory at what FlashMLA reaches of HBM, exchanges "
-        "at the 40 of 50 GB/s that paper 1 gives for a NIC and 160 of 200 for NVLink; beside exchanges 20 of 132 SMs are "
-        "gone. What each stage computes comes from the configuration, what waits from the schedule's table of work "
+        "at the 40 of 50 GB/s that paper 1 gives for a NIC and 160 of 200 for NVLink; beside exchanges 20 of 132 SMs "
+        "are gone. What each stage computes comes from the configuration, what waits from the schedule's table of work "
         f"(16 ranks, 120 micro-batches). Kernels here: {options.kernels}.\n\n"
         "Where table 4 and this differ, the paper is slower, and most in the backward of inputs "
         f"({short:+.2f} s of 1B) and in what follows from it: pairs wait for it too, and so does the bubble, which is "

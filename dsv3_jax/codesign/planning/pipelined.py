@@ -54,9 +54,10 @@ class Components(NamedTuple):
 def units(model: ModelConfig) -> list[tuple[Layer, ...]]:
     """What cannot be cut, in order. Prediction modules lie with both heads, which share the main model's weights
     (paper 2, section 3.2.3)."""
-    end: tuple[Layer, ...] = ("head",) + ("prediction", "head") * model.num_nextn_predict_layers
-    layers: list[tuple[Layer, ...]] = [("dense",)] * model.first_k_dense_replace
-    return [*layers, *([("experts",)] * model.num_moe_layers), end]
+    more: tuple[Layer, ...] = ("prediction", "head")
+    pieces: list[tuple[Layer, ...]] = [("dense",)] * model.first_k_dense_replace
+    pieces += [("experts",)] * model.num_moe_layers
+    return [*pieces, ("head", *more * model.num_nextn_predict_layers)]
 
 
 def split(costs: Sequence[float], stages: int) -> list[int]:

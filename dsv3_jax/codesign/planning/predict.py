@@ -116,7 +116,8 @@ class Draft:
     @property
     def least_seconds(self) -> float:
         """No step is shorter."""
-        return least_seconds(self.pipeline, self.layout.schedule or "", self.layout.micro_batches, self.end.seconds)
+        end = self.end.memory if self.layout.zero == "full" else self.end.seconds
+        return least_seconds(self.pipeline, self.layout.schedule or "", self.layout.micro_batches, end)
 
 
 def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,

@@ -12,7 +12,7 @@ from dsv3_jax.codesign.planning.layout import Layout
 from dsv3_jax.codesign.planning.pipelined import units
 from dsv3_jax.codesign.planning.predict import Draft, Prediction, draft, finish
 from dsv3_jax.codesign.pods import Pod
-from dsv3_jax.config import ConfigError, RunConfig, check_expert_layout
+from dsv3_jax.config import ConfigError, MeshConfig, Precision, RunConfig, check_expert_layout
 from dsv3_jax.pipeline.schedules import SCHEDULES
 
 _CHOICES = {"context": (1, 2, 4, 8), "pipe": (1, 2, 4, 8, 16, 32),
@@ -32,7 +32,7 @@ class Wanted:
     pipe: int | None = None
     schedule: str | None = None
     micro_batches: int | None = None
-    precision: str | None = None
+    precision: Precision | None = None
     recompute: str | None = None
     zero: str | None = None
 
@@ -56,7 +56,7 @@ class Found:
 def layouts(config: RunConfig, pod: Pod, wanted: Wanted) -> Iterator[Layout]:
     """All that divide the pod, the experts and the batch. Float8 where the hardware has it; sequences are shared by no
     more devices than must."""
-    precision = wanted.precision or ("fp8" if "fp8" in pod.hardware.peak_flops else "bf16")
+    precision: Precision = wanted.precision or ("fp8" if "fp8" in pod.hardware.peak_flops else "bf16")
     for pipe in wanted.choices("pipe"):
         for context in wanted.choices("context"):
             found = [*_with_context(config, pod, wanted, pipe, context, precision)]
@@ -66,7 +66,7 @@ def layouts(config: RunConfig, pod: Pod, wanted: Wanted) -> Iterator[Layout]:
 
 
 def _with_context(config: RunConfig, pod: Pod, wanted: Wanted, pipe: int, context: int,
-                  precision: str) -> Iterator[Layout]:
+                  precision: Precision) -> Iterator[Layout]:
     for scale_out, scale_up in _expert_axes(config, pod, wanted, pipe, context):
         data = pod.devices // (pipe * scale_out * scale_up * context)
         kinds = itertools.product(wanted.choices("schedule") if pipe > 1 else (None,), wanted.choices("recompute"),
@@ -92,9 +92,9 @@ def _expert_axes(config: RunConfig, pod: Pod, wanted: Wanted, pipe: int, context
                 yield scale_out, scale_up
 
 
-def _divides(config: RunConfig, mesh: object) -> bool:
+def _divides(config: RunConfig, mesh: MeshConfig) -> bool:
     try:
-        check_expert_layout(config.model, mesh)  # type: ignore[arg-type]
+        check_expert_layout(config.model, mesh)
     except ConfigError:
         return False
     return True
