@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from dsv3_jax.codesign.planning.pipelined import table_of
 from dsv3_jax.config import ConfigError, MeshConfig, Precision, Recompute, RunConfig
+from dsv3_jax.pipeline.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,16 @@ class Layout:
     context: int = 1
     pipe: int = 1
     schedule: str | None = None
-    """Of pipeline stages; None without."""
+    """Of pipeline stages, and only with them."""
     micro_batches: int = 1
     """Of a step. In a pipeline, each replica of it works on its own part of every one."""
     precision: Precision = "fp8"
     recompute: Recompute = "paper"
     zero: str = "zero1"
+
+    def __post_init__(self) -> None:
+        if (self.pipe > 1) != (self.schedule is not None):
+            raise ConfigError(f"schedule ({self.schedule}) goes with pipe ({self.pipe}) above 1: name both or none")
 
     @property
     def devices(self) -> int:
@@ -37,6 +43,15 @@ class Layout:
     @property
     def expert_parallel(self) -> int:
         return self.scale_out * self.scale_up * self.context
+
+    @property
+    def table(self) -> Schedule | None:
+        """The schedule's work; None without stages.
+
+        Raises:
+          ConfigError: it cannot have these sizes.
+        """
+        return table_of(self.schedule, self.pipe, self.micro_batches) if self.schedule and self.pipe > 1 else None
 
     def group_config(self, config: RunConfig) -> RunConfig:
         """The run as one stage's devices see it, with all layers.

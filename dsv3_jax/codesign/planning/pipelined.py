@@ -11,7 +11,8 @@ from dsv3_jax.codesign.planning.operations import Layer, Work
 from dsv3_jax.codesign.sm_tax import Multiprocessors
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.expert_parallel.exchange import RowBytes
-from dsv3_jax.pipeline.schedule import Slot, kinds_of, run
+from dsv3_jax.pipeline.account import stages_of as stages_of_rank
+from dsv3_jax.pipeline.schedule import Schedule, Slot, kinds_of, peak_activations, run
 from dsv3_jax.pipeline.schedules import make
 
 COMMUNICATING = Multiprocessors()
@@ -67,7 +68,7 @@ def split(costs: Sequence[float], stages: int) -> list[int]:
       ConfigError: fewer costs than stages.
     """
     if len(costs) < stages:
-        raise ConfigError(f"pipe ({stages}) must be at most {len(costs)}, the layers that can be divided")
+        raise ConfigError(f"stages ({stages}) must be at most {len(costs)}, the layers that can be divided")
     low, high = max(costs), sum(costs)
     for _ in range(50):  # the least limit under which `stages` stages, filled one after the other, take all
         limit = (low + high) / 2
@@ -98,8 +99,8 @@ class Pipeline(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def stages_of(work: Work, pipe: int, machine: Machine, wire: RowBytes | None) -> Pipeline:
-    """The model cut into `pipe` stages of about equal computing."""
+def stages_of(work: Work, stages: int, machine: Machine, wire: RowBytes | None) -> Pipeline:
+    """The model cut into stages of about equal computing."""
     times: dict[Layer, LayerTime] = {}
     pieces = units(work.model)
     for piece in pieces:
@@ -109,11 +110,11 @@ def stages_of(work: Work, pipe: int, machine: Machine, wire: RowBytes | None) ->
     each = {layer: _stage(time) for layer, time in times.items()}
     costs = [sum(each[layer].computing for layer in piece) for piece in pieces]
     held, begin = [], 0
-    for size in split(costs, pipe):
+    for size in split(costs, stages):
         held.append(tuple(layer for piece in pieces[begin:begin + size] for layer in piece))
         begin += size
-    stages = tuple(Stage(*map(sum, zip(*(each[layer] for layer in layers), strict=True))) for layers in held)
-    return Pipeline(stages, tuple(held), times)
+    totals = tuple(Stage(*map(sum, zip(*(each[layer] for layer in layers), strict=True))) for layers in held)
+    return Pipeline(totals, tuple(held), times)
 
 
 def _stage(time: LayerTime) -> Stage:
@@ -139,21 +140,31 @@ def slot_seconds(slot: Slot, stages: Sequence[Stage], slowdown: float) -> float:
     return max(computing * (slowdown if exchanging else 1.0), exchanging)
 
 
-def components(pipeline: Pipeline, schedule: str, micro_batches: int, transfer: float, slowdown: float,
-               optimizer: float) -> Components:
+@functools.lru_cache(maxsize=256)
+def table_of(schedule: str, pipe: int, micro_batches: int) -> Schedule:
+    """The schedule's table of work.
+
+    Raises:
+      ConfigError: it cannot have these sizes.
+    """
+    return make(schedule, pipe, micro_batches)
+
+
+@functools.lru_cache(maxsize=256)
+def inputs_kept(schedule: str, pipe: int, micro_batches: int) -> int:
+    """Stage inputs that the fullest rank keeps at once."""
+    return max(peak_activations(table_of(schedule, pipe, micro_batches)))
+
+
+def components(pipeline: Pipeline, table: Schedule, transfer: float, slowdown: float, optimizer: float) -> Components:
     """Of a step.
 
     Args:
-      micro_batches: through one pipeline.
       transfer: seconds for a micro-batch's activations from one stage to the next.
       slowdown: of computing beside an exchange.
       optimizer: seconds after the last backward.
-
-    Raises:
-      ConfigError: the schedule cannot have these sizes.
     """
     stages = pipeline.stages
-    table = make(schedule, len(stages), micro_batches)
     timeline = run(table, lambda rank, slot: slot_seconds(slot, stages, slowdown), transfer)
     forward = backward = weight = together = 0.0
     for rank in timeline.ranks:
@@ -172,16 +183,17 @@ def components(pipeline: Pipeline, schedule: str, micro_batches: int, transfer: 
     return Components(forward / ranks, backward / ranks, weight / ranks, together / ranks, bubble, optimizer)
 
 
-def weights_on_rank(schedule: str, pipeline: Pipeline, per_layer: dict[Layer, float]) -> float:
-    """Of the rank with the most, given each layer's on one device. DualPipe's ranks have two stages, from either
-    end."""
+def weights_on_rank(pipeline: Pipeline, table: Schedule | None, per_layer: dict[Layer, float]) -> float:
+    """Of the rank with the most; without a table, of the one that has all."""
     held = [sum(per_layer[layer] for layer in layers) for layers in pipeline.layers]
-    return max(mine + opposite * (schedule == "dualpipe") for mine, opposite in zip(held, reversed(held), strict=True))
+    if table is None:
+        return sum(held)
+    return max(sum(held[stage] for stage in stages_of_rank(table, rank)) for rank in range(table.ranks))
 
 
-def least_seconds(pipeline: Pipeline, schedule: str, micro_batches: int, optimizer: float) -> float:
+def least_seconds(pipeline: Pipeline, schedule: str | None, pipe: int, micro_batches: int, optimizer: float) -> float:
     """No step can be shorter: all work, shared out evenly; where pairs cover exchanges, the longer of both."""
     computing = sum(stage.computing for stage in pipeline.stages)
     exchanging = sum(stage.exchange + stage.exchange_back for stage in pipeline.stages)
-    both = max(computing, exchanging) if schedule == "dualpipe" else computing + exchanging
-    return both * micro_batches / len(pipeline.stages) + optimizer
+    pairs = schedule in ("dualpipe", "dualpipev")
+    return (max(computing, exchanging) if pairs else computing + exchanging) * micro_batches / pipe + optimizer

@@ -25,6 +25,7 @@ from dsv3_jax.codesign.planning.pipelined import (
     COMMUNICATING,
     Pipeline,
     components,
+    inputs_kept,
     least_seconds,
     stages_of,
     weights_on_rank,
@@ -37,6 +38,8 @@ from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.expert_parallel.exchange import row_bytes
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.nn.moe import wire_of
+from dsv3_jax.pipeline.account import moves
+from dsv3_jax.pipeline.schedule import Schedule
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 
 WORKSPACE = 2.3
@@ -117,21 +120,22 @@ class Draft:
     def least_seconds(self) -> float:
         """No step is shorter."""
         end = self.end.memory if self.layout.zero == "full" else self.end.seconds
-        return least_seconds(self.pipeline, self.layout.schedule or "", self.layout.micro_batches, end)
+        return least_seconds(self.pipeline, self.layout.schedule, self.layout.pipe, self.layout.micro_batches, end)
 
 
 def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
           imbalance: float = 1.0) -> Draft:
-    """Layers' times and memory of a layout.
+    """Layers' times and memory of a layout, without running its schedule.
 
     Args:
       rows: of a token, `rows_of` if not given.
       imbalance: rows of the fullest device over the mean.
 
     Raises:
-      ConfigError: the layout does not divide, or float8 where there is none.
+      ConfigError: the layout does not divide, the schedule cannot have its sizes, or float8 where there is none.
     """
     group = layout.group_config(config)
+    table = layout.table
     tokens = group.batch.micro_batch * group.batch.sequence_length / layout.group
     work = Work(config.model, tokens, config.batch.sequence_length, RECIPES[layout.precision].linear is not None,
                 layout.recompute, rows or rows_of(group), layout.context, layout.scale_up * layout.context, imbalance)
@@ -139,10 +143,10 @@ def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken 
     if layout.expert_parallel > 1:
         itemsize = np.dtype(COMPUTE_DTYPE[layout.precision]).itemsize
         wire = row_bytes(config.model.hidden_size, itemsize, wire_of(RECIPES[layout.precision], group.execution))
-    pipeline = stages_of(work, layout.pipe, machine, wire)
+    pipeline = stages_of(work, table.stages if table else 1, machine, wire)
     per_layer = weights_of_layers(config.model, layout.expert_parallel)
-    experts, others = (weights_on_rank(layout.schedule or "", pipeline,
-                                       {layer: held[which] for layer, held in per_layer.items()}) for which in (0, 1))
+    experts, others = (weights_on_rank(pipeline, table, {layer: held[which] for layer, held in per_layer.items()})
+                       for which in (0, 1))
     copies = layout.data * (2 if layout.schedule == "dualpipe" else 1)
     end = update(machine, experts, others, copies, layout.expert_parallel)
     own = experts / copies + others / (copies * layout.expert_parallel)
@@ -151,8 +155,9 @@ def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken 
 
 def _memory(group: RunConfig, layout: Layout, whole: float, own: float) -> dict[str, float]:
     """Bytes of a device with `whole` weights, of which `own` are its part of the optimizer's."""
-    kept = kept_activations(group, layout.group) / layout.pipe
-    in_flight = {None: 1, "gpipe": layout.micro_batches, "dualpipe": layout.pipe + 1}.get(layout.schedule, layout.pipe)
+    table = layout.table
+    kept = kept_activations(group, layout.group) / (table.stages if table else 1)
+    in_flight = inputs_kept(layout.schedule, layout.pipe, layout.micro_batches) if layout.schedule else 1
     # Gradients are summed where weights are whole in a pipeline, else where they are spread.
     summed = whole if layout.pipe > 1 else own * (layout.micro_batches > 1)
     return {"weights to compute with": WEIGHT_BYTES * (own if layout.zero == "full" else whole),
@@ -162,28 +167,25 @@ def _memory(group: RunConfig, layout: Layout, whole: float, own: float) -> dict[
 
 def predict(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
             imbalance: float = 1.0) -> Prediction:
-    """Of a step of `config`'s model and batch; arguments and errors as of `draft`.
-
-    Raises:
-      ConfigError: or the schedule cannot have these sizes.
-    """
+    """Of a step of `config`'s model and batch; arguments and errors as of `draft`."""
     return finish(draft(config, layout, machine, rows, imbalance))
 
 
 def finish(known: Draft) -> Prediction:
     """Runs the schedule."""
-    return _in_stages(known) if known.layout.pipe > 1 else _in_one(known)
+    table = known.layout.table
+    return _in_one(known) if table is None else _in_stages(known, table)
 
 
-def _in_stages(known: Draft) -> Prediction:
+def _in_stages(known: Draft, table: Schedule) -> Prediction:
     layout, end, pipeline, hardware = known.layout, known.end, known.pipeline, known.machine.hardware
     model = known.group.model
     hop = known.work.tokens * model.hidden_size * 2
     slowdown = COMMUNICATING.slowdown if hardware.kind == "gpu" else 1.0
-    parts = components(pipeline, layout.schedule or "1f1b", layout.micro_batches, hop / hardware.scale_out.effective,
-                       slowdown, end.seconds)
+    parts = components(pipeline, table, hop / hardware.scale_out.effective, slowdown, end.seconds)
     chunks = layout.micro_batches / layout.pipe
-    traffic = {"pipe": 2 * hop * layout.micro_batches * (layout.pipe - 1) / layout.pipe,
+    hops = sum(len(slot.sends) for slots in moves(table) for slot in slots) / table.ranks
+    traffic = {"pipe": hop * hops,
                **{axis: sent * chunks for axis, sent in _exchanged(model, pipeline.times).items()},
                "data": end.fast_bytes + end.slow_bytes}
     names = dict(zip(("1F", "1B", "1W", "1F1B", "bubble", "optimizer"), parts, strict=True))

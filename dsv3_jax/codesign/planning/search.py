@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from dsv3_jax.codesign.planning.layers import Machine
 from dsv3_jax.codesign.planning.layout import Layout
-from dsv3_jax.codesign.planning.pipelined import units
 from dsv3_jax.codesign.planning.predict import Draft, Prediction, draft, finish
 from dsv3_jax.codesign.pods import Pod
 from dsv3_jax.config import ConfigError, MeshConfig, Precision, RunConfig, check_expert_layout
@@ -48,7 +47,7 @@ class Found:
     best: list[Prediction] = field(default_factory=list)
     """Quickest first; all fit."""
     tried: int = 0
-    """Layouts whose memory was calculated."""
+    """Layouts whose memory and least time were calculated."""
     smallest: Draft | None = None
     """That needs the least memory, whether it fits or not."""
 
@@ -119,8 +118,7 @@ def search(config: RunConfig, pod: Pod, machine: Machine, wanted: Wanted = Wante
       ConfigError: what is wanted divides nothing.
     """
     found = Found()
-    candidates = [layout for layout in layouts(config, pod, wanted) if layout.pipe <= len(units(config.model))]
-    found.tried = len(candidates)
+    candidates = list(layouts(config, pod, wanted))
     if not candidates:
         fixed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in dataclasses.asdict(wanted).items()
                           if value is not None)
@@ -129,7 +127,11 @@ def search(config: RunConfig, pod: Pod, machine: Machine, wanted: Wanted = Wante
                           + (f" with {fixed}: leave some out" if fixed else ": change --sequences or --pod"))
     drafts = []
     for layout in candidates:
-        known = draft(config, layout, machine, imbalance=imbalance)
+        try:
+            known = draft(config, layout, machine, imbalance=imbalance)
+        except ConfigError:  # more stages than layers, or not the micro-batches that the schedule takes
+            continue
+        found.tried += 1
         if found.smallest is None or known.memory_bytes < found.smallest.memory_bytes:
             found.smallest = known
         if known.memory_bytes <= pod.hardware.hbm_bytes:
@@ -137,9 +139,5 @@ def search(config: RunConfig, pod: Pod, machine: Machine, wanted: Wanted = Wante
     for known in sorted(drafts, key=lambda one: one.least_seconds):
         if len(found.best) == keep and known.least_seconds >= found.best[-1].seconds:
             break  # all that follow take longer
-        try:
-            told = finish(known)
-        except ConfigError:  # the schedule cannot have so few micro-batches
-            continue
-        found.best = sorted([*found.best, told], key=lambda one: one.seconds)[:keep]
+        found.best = sorted([*found.best, finish(known)], key=lambda one: one.seconds)[:keep]
     return found

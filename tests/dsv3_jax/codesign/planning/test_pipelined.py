@@ -20,6 +20,7 @@ from dsv3_jax.codesign.planning.pipelined import (
 )
 from dsv3_jax.config import ConfigError
 from dsv3_jax.pipeline.schedule import Work
+from dsv3_jax.pipeline.schedules import make
 from dsv3_jax.presets import MODELS
 
 
@@ -27,7 +28,7 @@ from dsv3_jax.presets import MODELS
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 8))
 def test_no_cut_has_a_cheaper_dearest_stage(costs, stages):
     if stages > len(costs):
-        with pytest.raises(ConfigError, match=rf"pipe \({stages}\)"):
+        with pytest.raises(ConfigError, match=rf"stages \({stages}\)"):
             split(costs, stages)
         return
     sizes = split(costs, stages)
@@ -49,7 +50,7 @@ def even(stages: int, **parts) -> Pipeline:
 @pytest.mark.parametrize(("name", "bubble"), [("1f1b", 7 * 3), ("zb1p", 7 * (3 - 2)), ("dualpipe", 3 * (3 + 2 - 3))])
 def test_bubbles_are_those_of_the_papers(name, bubble):
     """Paper 2, table 2, F = I = W = 1: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W)."""
-    told = components(even(8), name, 20, 0.0, 1.0, 0.25)
+    told = components(even(8), make(name, 8, 20), 0.0, 1.0, 0.25)
     assert told.bubble == pytest.approx(bubble)
     assert told.seconds == pytest.approx(20 * 3 + bubble + 0.25)
     assert told.forward + told.backward + told.weight + told.together == pytest.approx(60)
@@ -57,7 +58,7 @@ def test_bubbles_are_those_of_the_papers(name, bubble):
 
 
 def test_parts_are_told_apart():
-    told = components(even(4, forward=3, input=5, weight=2), "1f1b", 8, 0.0, 1.0, 0.0)
+    told = components(even(4, forward=3, input=5, weight=2), make("1f1b", 4, 8), 0.0, 1.0, 0.0)
     assert (told.forward, told.backward, told.weight) == (24, 40, 16)
 
 
@@ -76,13 +77,13 @@ def test_exchanges_stand_alone_or_beside_computing():
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe"])
 def test_no_step_is_shorter_than_said(name):
     pipeline = even(4, exchange=2, exchange_back=2)
-    told = components(pipeline, name, 16, 0.1, 1.2, 0.5)
-    least = least_seconds(pipeline, name, 16, 0.5)
+    told = components(pipeline, make(name, 4, 16), 0.1, 1.2, 0.5)
+    least = least_seconds(pipeline, name, 4, 16, 0.5)
     assert 0.6 * told.seconds < least <= told.seconds
 
 
 def test_transfers_lengthen_the_bubble():
-    free, dear = (components(even(4), "1f1b", 8, transfer, 1.0, 0.0).bubble for transfer in (0.0, 0.5))
+    free, dear = (components(even(4), make("1f1b", 4, 8), transfer, 1.0, 0.0).bubble for transfer in (0.0, 0.5))
     assert dear >= free + 6 * 0.5  # there and back through three hops, and again where ranks take turns
 
 
@@ -98,5 +99,7 @@ def test_units_keep_heads_with_prediction():
 def test_dualpipe_ranks_hold_two_stages():
     pipeline = Pipeline(even(4).stages, (("dense",), ("experts",), ("experts",), ("head",)), {})
     weights = {"dense": 1.0, "experts": 10.0, "head": 5.0}
-    assert weights_on_rank("1f1b", pipeline, weights) == 10
-    assert weights_on_rank("dualpipe", pipeline, weights) == 20
+    assert weights_on_rank(pipeline, make("1f1b", 4, 8), weights) == 10
+    assert weights_on_rank(pipeline, make("dualpipe", 4, 8), weights) == 20
+    assert weights_on_rank(pipeline, None, weights) == 26
+    assert weights_on_rank(pipeline, make("dualpipev", 2, 4), weights) == 20

@@ -19,7 +19,7 @@ from dsv3_jax.presets import MODELS, RUNS
 POD = parse_pod("h100:2x8")
 MACHINE = Machine(HARDWARE["h100"], LATEST, 8)
 LITE = dataclasses.replace(RUNS["deepseek_v2_lite"], batch=dataclasses.replace(
-    RUNS["deepseek_v2_lite"].batch, sequences=256, micro_batches=1, ramp_from=None))
+    RUNS["deepseek_v2_lite"].batch, sequences=32, micro_batches=1, ramp_from=None))
 
 
 def test_the_best_is_the_best_of_all():
@@ -32,7 +32,7 @@ def test_the_best_is_the_best_of_all():
             continue
         if told.memory_bytes <= POD.hardware.hbm_bytes:
             everything.append(told.seconds)
-    assert len(everything) > 50
+    assert len(everything) > 40
     assert [one.seconds for one in found.best] == sorted(everything)[:3]
     assert found.tried >= len(everything)
 
@@ -51,7 +51,7 @@ def test_layouts_divide():
 
 
 def test_what_is_given_is_kept():
-    wanted = Wanted(scale_out=2, scale_up=8, pipe=1, precision="bf16", recompute="full", zero="full", micro_batches=4)
+    wanted = Wanted(scale_out=2, scale_up=8, pipe=1, precision="bf16", recompute="full", zero="full", micro_batches=1)
     best = search(LITE, POD, MACHINE, wanted).best[0].layout
     kept = {name: value for name, value in dataclasses.asdict(wanted).items() if value is not None}
     assert {name: getattr(best, name) for name in kept} == kept
