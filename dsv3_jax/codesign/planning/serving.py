@@ -30,6 +30,8 @@ from dsv3_jax.expert_parallel.topology import Topology
 
 DECODE_TOKENS = (8, 16, 32, 64, 128, 256, 512)
 """Of one device in one micro-batch. In prefill they are whole prompts."""
+_AT_HOME = 1e30
+"""Bytes/s at which no byte takes any time."""
 ROUTED_TOKENS = 8192
 """Of the random router whose choices are counted."""
 
@@ -111,8 +113,8 @@ def decode_plans(model: ModelConfig, pod: Pod, machine: Machine, context: int, l
 
 
 def _decode(work: Workload, hardware: Hardware, link: Link, devices: int) -> Serving:
-    if devices == 1:
-        link = dataclasses.replace(link, bandwidth=float("inf"), effective=float("inf"), latency=None)
+    if devices == 1:  # nothing is sent
+        link = dataclasses.replace(link, bandwidth=_AT_HOME, effective=_AT_HOME, latency=None)
     step = decode_step(work, hardware, link, reached=True)
     held = serving_memory(work.model, devices, round(MICRO_BATCHES * work.sequences), work.context, work.weight_bytes)
     sent = 0.0
