@@ -6,6 +6,7 @@ What it reports is tested in tests/dsv3_jax/codesign/test_aot.py.
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -42,17 +43,25 @@ def test_mistakes_are_told_in_one_line_before_compiling(arguments, message):
     assert done.stdout == ""
 
 
+def processor_seconds() -> float:
+    """That processes which this one started, and which ended, have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "minutes"), [("deepseek_v3_h800", 5), ("deepseek_v3_v5p", 10),
-                                                 ("deepseek_v3_tpu7x", 20)])
+@pytest.mark.parametrize(("preset", "minutes"), [("deepseek_v3_h800", 15), ("deepseek_v3_v5p", 30),
+                                                 ("deepseek_v3_tpu7x", 60)])
 def test_deepseek_v3_fits_the_pod_its_layout_is_for(preset, minutes):
     assert set(LAYOUTS) == {"deepseek_v3_h800", "deepseek_v3_v5p", "deepseek_v3_tpu7x"}
+    before = processor_seconds()
     done = run("--preset", preset, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["fits"]
     assert told["sequences"] * told["sequence_length"] == 15360 * 4096
-    assert told["compile_seconds"] < 60 * minutes
+    # Of the processor: how long it took depends on what else runs here.
+    assert processor_seconds() - before < 60 * minutes
     assert told["host_peak_bytes"] < 8 * GIB
     assert told["counted_once"] == []
     causes = told["flops_per_token_by_cause"]
