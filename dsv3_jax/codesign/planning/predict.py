@@ -1,8 +1,8 @@
 """A training step of a layout on a machine: seconds by part, memory, traffic, and what they wait for.
 
 In pipeline stages, chunks are exchanged and computed one after the other, pairs of a forward and a backward beside each
-other (`pipelined`). Without stages every exchange stands alone, as the programs of this project run it today, and with
-mesh.zero "full" weights are gathered layer by layer beside computing.
+other (`pipelined`). Without stages every exchange stands alone, as the programs of this project run it today; gradients
+are summed and, with mesh.zero "full", weights gathered in every micro-batch, beside computing.
 
 Not in it: uneven load of experts (unless asked for), launches, clocks under load, failures, input.
 """
@@ -148,7 +148,9 @@ def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken 
     experts, others = (weights_on_rank(pipeline, table, {layer: held[which] for layer, held in per_layer.items()})
                        for which in (0, 1))
     copies = layout.data * (2 if layout.schedule == "dualpipe" else 1)
-    end = update(machine, experts, others, copies, layout.expert_parallel)
+    # A pipeline sums gradients of all micro-batches in float32 at the end; else each micro-batch's are (`_in_one`).
+    end = update(machine, experts, others, copies, layout.expert_parallel,
+                 WEIGHT_BYTES + (GRADIENT_BYTES if table else 0))
     own = experts / copies + others / (copies * layout.expert_parallel)
     return Draft(layout, machine, group, work, pipeline, end, _memory(group, layout, experts + others, own))
 
@@ -199,14 +201,16 @@ def _in_one(known: Draft) -> Prediction:
     layout, end, group, machine = known.layout, known.end, known.group, known.machine
     hardware, m, n, times = machine.hardware, known.group.model, known.layout.micro_batches, known.pipeline.times
     stage = known.pipeline.stages[0]
-    gather, sent = 0.0, end.fast_bytes + end.slow_bytes
+    # Every micro-batch sums its gradients, in bf16 and beside computing; fully sharded, its forward and its backward
+    # gather weights, too, and the end of the step sends nothing.
+    experts, others = (sum(weights_of_layers(m, layout.expert_parallel)[layer][which] * number
+                           for layer, number in _counts(m).items()) for which in (0, 1))
+    each = update(machine, experts, others, layout.data, layout.expert_parallel,
+                  WEIGHT_BYTES * (3 if layout.zero == "full" else 1))
+    gather = n * max(0.0, each.network - stage.computing)
     if layout.zero == "full":
-        # Forward and backward gather weights, and gradients are summed, in every micro-batch; AdamW is left.
-        experts, others = (sum(weights_of_layers(m, layout.expert_parallel)[layer][which] * number
-                               for layer, number in _counts(m).items()) for which in (0, 1))
-        once = update(machine, experts, others, layout.data, layout.expert_parallel, gathers=2)
-        gather, sent = n * max(0.0, once.network - stage.computing), n * (once.fast_bytes + once.slow_bytes)
         end = Update(0.0, 0.0, end.memory, 0.0, 0.0)
+    sent = n * (each.fast_bytes + each.slow_bytes) + end.fast_bytes + end.slow_bytes
     exchange = n * (stage.exchange + stage.exchange_back)
     parts = {"forward": n * stage.forward, "backward": n * stage.input, "weight": n * stage.weight,
              "exchange": exchange, "gather": gather, "optimizer": end.seconds}

@@ -1,8 +1,8 @@
 """The end of a training step: gradients summed over who shares a weight, AdamW on each one's part, weights sent back.
 
 ZeRO-1 (paper 2, section 3.2): a device keeps master weights and moments of its part only, sums arrive by reduce-scatter
-in float32 and weights leave by all-gather in bf16. Sums over many nodes go through the fast network first, so that the
-slow one carries a node's share once; pieces follow each other through both. Nothing of it is hidden by computing.
+and weights leave by all-gather. Sums over many nodes go through the fast network first, so that the slow one carries a
+node's share once; pieces follow each other through both. Nothing of it is hidden by computing.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Update(NamedTuple):
 
 
 def update(machine: Machine, experts: float, others: float, copies: int, expert_parallel: int,
-           gathers: int = 1) -> Update:
+           moved: float) -> Update:
     """Of one device.
 
     Args:
       experts: weights of routed experts on the device; `copies` devices have the same.
       others: all other weights on the device, which copies * expert_parallel devices have.
-      gathers: times that weights are sent for one sum of gradients.
+      moved: bytes that are sent for a weight: `GRADIENT_BYTES` for a sum in float32, `WEIGHT_BYTES` for a gathering or
+        a sum in bf16.
     """
     hardware = machine.hardware
-    moved = GRADIENT_BYTES + gathers * WEIGHT_BYTES
     together = min(copies, max(1, machine.domain // expert_parallel))  # copies of an expert inside one fast domain
     slow, fast = _hierarchical(experts, copies, together)
     others_slow, others_fast = _hierarchical(others, copies * expert_parallel,

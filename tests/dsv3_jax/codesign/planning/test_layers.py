@@ -90,12 +90,12 @@ def test_layers_without_experts_exchange_nothing():
 
 def test_update_by_hand():
     """64 experts' devices on 8 nodes, twice: an expert's copies on two nodes, all else on 16 nodes of 8."""
-    told = update(H800, experts=1e9, others=1e9, copies=2, expert_parallel=64)
+    told = update(H800, experts=1e9, others=1e9, copies=2, expert_parallel=64, moved=6)
     assert told.slow_bytes == pytest.approx(6 * (1e9 / 2 + 1e9 / 8 * 15 / 16))
     assert told.fast_bytes == pytest.approx(6 * 1e9 * 7 / 8)
     assert told.memory == pytest.approx(22 * (1e9 / 2 + 1e9 / 128) / HBM)
     assert told.seconds == pytest.approx(max(told.slow_bytes / 40e9, told.fast_bytes / 160e9) + told.memory)
-    alone = update(H800, 1e9, 1e9, copies=1, expert_parallel=1)
+    alone = update(H800, 1e9, 1e9, copies=1, expert_parallel=1, moved=6)
     assert alone.network == 0
-    node = update(H800, 1e9, 0.0, copies=8, expert_parallel=1)  # inside one node
+    node = update(H800, 1e9, 0.0, copies=8, expert_parallel=1, moved=6)  # inside one node
     assert (node.slow_bytes, node.fast_bytes) == (0, pytest.approx(6e9 * 7 / 8))
