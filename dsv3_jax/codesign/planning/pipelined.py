@@ -191,9 +191,21 @@ def weights_on_rank(pipeline: Pipeline, table: Schedule | None, per_layer: dict[
     return max(sum(held[stage] for stage in stages_of_rank(table, rank)) for rank in range(table.ranks))
 
 
-def least_seconds(pipeline: Pipeline, schedule: str | None, pipe: int, micro_batches: int, optimizer: float) -> float:
-    """No step can be shorter: all work, shared out evenly; where pairs cover exchanges, the longer of both."""
-    computing = sum(stage.computing for stage in pipeline.stages)
-    exchanging = sum(stage.exchange + stage.exchange_back for stage in pipeline.stages)
-    pairs = schedule in ("dualpipe", "dualpipev")
-    return (max(computing, exchanging) if pairs else computing + exchanging) * micro_batches / pipe + optimizer
+def least_seconds(pipeline: Pipeline, schedule: str | None, pipe: int, micro_batches: int, slowdown: float) -> float:
+    """No step can be shorter, the optimizer aside: all work shared out evenly; without pairs, the last rank's after one
+    micro-batch's way to it, and before one's way back. Of DualPipe's pairs there are at least n - 3R/2 on a rank."""
+    stages = pipeline.stages
+    computing = sum(stage.computing for stage in stages)
+    exchanging = sum(stage.exchange + stage.exchange_back for stage in stages)
+    even = (computing + exchanging) * micro_batches / pipe
+    if schedule in ("dualpipe", "dualpipev"):
+        pairs = max(0.0, 1 - 1.5 * pipe / micro_batches)
+        return (pairs * max(computing * slowdown if exchanging else computing, exchanging)
+                + (1 - pairs) * max(computing, exchanging)) * micro_batches / pipe
+    if schedule in ("gpipe", "1f1b", "zb1p"):
+        last, way = stages[-1], stages[:-1]
+        there_and_back = sum(stage.forward + stage.input + stage.exchange + stage.exchange_back for stage in way)
+        put_off = min(pipe, micro_batches) if schedule == "zb1p" else 0  # weights' parts that can wait till the end
+        return max(even, there_and_back - put_off * last.weight
+                   + (last.computing + last.exchange + last.exchange_back) * micro_batches)
+    return even

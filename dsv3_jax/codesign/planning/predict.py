@@ -42,9 +42,9 @@ from dsv3_jax.pipeline.account import moves
 from dsv3_jax.pipeline.schedule import Schedule
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 
-WORKSPACE = 2.3
-"""Bytes of activations, buffers and workspace over those kept for the backward: the most that compiled programs have
-(`codesign.memory`)."""
+WORKSPACE = 2.0
+"""Bytes of activations, buffers and workspace over those kept for the backward: of compiled programs 1.7 to 2.3
+(`codesign.memory`), so that a plan may be 15% off; compile_for_pod.py tells."""
 MASTER_BYTES = 4 + 2 * 2
 """Of a weight between steps: float32, and two moments in bf16 (paper 2, section 3.3.3)."""
 ROUTED_TOKENS = 16_384
@@ -117,10 +117,16 @@ class Draft:
         return sum(self.memory.values())
 
     @property
+    def slowdown(self) -> float:
+        """Of computing beside an exchange, on GPUs' SMs."""
+        return COMMUNICATING.slowdown if self.machine.hardware.kind == "gpu" else 1.0
+
+    @property
     def least_seconds(self) -> float:
         """No step is shorter."""
-        end = self.end.memory if self.layout.zero == "full" else self.end.seconds
-        return least_seconds(self.pipeline, self.layout.schedule, self.layout.pipe, self.layout.micro_batches, end)
+        layout = self.layout
+        end = self.end.memory if layout.zero == "full" else self.end.seconds
+        return end + least_seconds(self.pipeline, layout.schedule, layout.pipe, layout.micro_batches, self.slowdown)
 
 
 def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
@@ -152,19 +158,21 @@ def draft(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken 
     end = update(machine, experts, others, copies, layout.expert_parallel,
                  WEIGHT_BYTES + (GRADIENT_BYTES if table else 0))
     own = experts / copies + others / (copies * layout.expert_parallel)
-    return Draft(layout, machine, group, work, pipeline, end, _memory(group, layout, experts + others, own))
+    largest = max(sum(held) for held in per_layer.values())
+    return Draft(layout, machine, group, work, pipeline, end, _memory(group, layout, experts + others, own, largest))
 
 
-def _memory(group: RunConfig, layout: Layout, whole: float, own: float) -> dict[str, float]:
-    """Bytes of a device with `whole` weights, of which `own` are its part of the optimizer's."""
+def _memory(group: RunConfig, layout: Layout, whole: float, own: float, largest: float) -> dict[str, float]:
+    """Bytes of a device with `whole` weights, `largest` in one layer, and `own` as its part of the optimizer's."""
     table = layout.table
     kept = kept_activations(group, layout.group) / (table.stages if table else 1)
     in_flight = inputs_kept(layout.schedule, layout.pipe, layout.micro_batches) if layout.schedule else 1
     # Gradients are summed where weights are whole in a pipeline, else where they are spread.
     summed = whole if layout.pipe > 1 else own * (layout.micro_batches > 1)
+    gathered = 2 * WEIGHT_BYTES * largest if layout.zero == "full" else 0.0  # a layer, and the next
     return {"weights to compute with": WEIGHT_BYTES * (own if layout.zero == "full" else whole),
             "summed gradients": GRADIENT_BYTES * summed, "master weights and moments": MASTER_BYTES * own,
-            "activations kept": kept * in_flight, "buffers and workspace": kept * (WORKSPACE - 1)}
+            "activations kept": kept * in_flight, "buffers and workspace": max(kept * (WORKSPACE - 1), gathered)}
 
 
 def predict(config: RunConfig, layout: Layout, machine: Machine, rows: RowsAToken | None = None,
@@ -183,8 +191,7 @@ def _in_stages(known: Draft, table: Schedule) -> Prediction:
     layout, end, pipeline, hardware = known.layout, known.end, known.pipeline, known.machine.hardware
     model = known.group.model
     hop = known.work.tokens * model.hidden_size * 2
-    slowdown = COMMUNICATING.slowdown if hardware.kind == "gpu" else 1.0
-    parts = components(pipeline, table, hop / hardware.scale_out.effective, slowdown, end.seconds)
+    parts = components(pipeline, table, hop / hardware.scale_out.effective, known.slowdown, end.seconds)
     chunks = layout.micro_batches / layout.pipe
     hops = sum(len(slot.sends) for slots in moves(table) for slot in slots) / table.ranks
     traffic = {"pipe": hop * hops,

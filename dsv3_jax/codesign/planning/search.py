@@ -106,6 +106,11 @@ def _micro_batches(config: RunConfig, shards: int, wanted: Wanted) -> list[int]:
             == 0]
 
 
+def _nearest(number: int, of: int) -> int:
+    """The multiple that is nearest."""
+    return max(1, round(number / of)) * of
+
+
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
@@ -124,7 +129,8 @@ def search(config: RunConfig, pod: Pod, machine: Machine, wanted: Wanted = Wante
                           if value is not None)
         raise ConfigError(f"no layout of {pod} divides its {pod.devices} devices, {config.model.n_routed_experts} "
                           f"experts in {config.model.n_group} groups and {config.batch.sequences} sequences"
-                          + (f" with {fixed}: leave some out" if fixed else ": change --sequences or --pod"))
+                          + (f" with {fixed}: leave some out" if fixed else
+                             f": take another --pod, or --sequences {_nearest(config.batch.sequences, pod.devices)}"))
     drafts = []
     for layout in candidates:
         try:

@@ -12,6 +12,7 @@ from dsv3_jax.codesign.planning.layers import Machine
 from dsv3_jax.codesign.planning.layout import Layout
 from dsv3_jax.codesign.planning.predict import WHAT_IF, draft, predict, rows_of, what_if
 from dsv3_jax.codesign.planning.rates import LATEST, PAPER
+from dsv3_jax.codesign.pods import parse_pod
 from dsv3_jax.codesign.step_traffic import exchange_traffic
 from dsv3_jax.config import ConfigError
 from dsv3_jax.presets import LAYOUTS, RUNS
@@ -89,7 +90,19 @@ def test_a_compiled_program_of_moonlight():
     told = predict(config, layout, Machine(HARDWARE["h100"], LATEST, 8))
     assert told.bytes_per_axis["scale_up"] / 1e9 == pytest.approx(558.567, rel=1e-3)
     assert told.bytes_per_axis["data"] / 1e9 == pytest.approx(302.5, rel=0.1)
-    assert 30.3 < told.memory_bytes / 2 ** 30 < 1.15 * 30.3
+    assert told.memory_bytes / 2 ** 30 == pytest.approx(30.3, rel=0.15)
+
+
+@pytest.mark.parametrize(("preset", "peak"), [("deepseek_v3_h800", 51.7), ("deepseek_v3_v5p", 90.7),
+                                              ("deepseek_v3_tpu7x", 50.6)])
+def test_memory_is_near_the_compiled_pods(preset, peak):
+    """GiB, experiments/results/pods."""
+    run, pod = RUNS[preset], parse_pod(LAYOUTS[preset].pod)
+    mesh = run.mesh
+    layout = Layout(mesh.scale_out, mesh.scale_up, mesh.data, mesh.context, micro_batches=run.batch.micro_batches,
+                    precision=run.precision, recompute=run.recompute, zero=mesh.zero)
+    told = predict(V3, layout, Machine(pod.hardware, LATEST, pod.devices_per_domain))
+    assert told.memory_bytes / 2 ** 30 == pytest.approx(peak, rel=0.15)
 
 
 def test_layouts_give_their_run():
