@@ -49,7 +49,7 @@ def test_rounds_what_a_run_says(tmp_path):
     for part in range(10):
         (tmp_path / "text" / f"{part}.txt").write_text("".join(f"{n} times {part} is {n * part}.\n" for n in range(60)))
     _run("train.py", *SMALL, "--data.path", tmp_path / "text", "--steps", 2, "--run-dir", tmp_path / "run",
-         "--model.num-nextn-predict-layers", 0, "--recompute", "none", "--report.evaluate-every", 0)
+         "--model.num-nextn-predict-layers", 0, "--report.evaluate-every", 0)
     told = json.loads(_run("logfmt.py", "--run", tmp_path / "run", "--bits", 5, 10, "--tiles", 256, "--cost-rows", 8,
                            "--cost-width", 256, "--cost-bits", 10, "--out", tmp_path / "logfmt", "--json")[0])
     kinds = list(dict.fromkeys(row["data"] for row in told["errors"]))
