@@ -26,9 +26,11 @@ from dsv3_jax.mesh import make_mesh
 from dsv3_jax.presets import MODELS, RUNS
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints, named_leaves
+from dsv3_jax.training.evaluate import Evaluator
 from dsv3_jax.training.loop import train
 from dsv3_jax.training.metrics import Diverged
 from dsv3_jax.training.step import compile_train_step
+from dsv3_jax.training.tokens import TokenSplit
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +47,8 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(corpus, tmp_path_factory) -> RunConfig:
     return dataclasses.replace(
-        RUNS["tiny"], model=dataclasses.replace(MODELS["tiny"], num_hidden_layers=2), steps=20, recompute="none",
+        RUNS["tiny"], model=dataclasses.replace(MODELS["tiny"], num_hidden_layers=1, first_k_dense_replace=0),
+        steps=20, recompute="none",
         batch=BatchConfig(sequences=8, sequence_length=32),
         data=DataConfig(path=str(corpus), tokenizer="bytes", validation_share=0.2,
                         cache_dir=str(corpus.parent / "cache")),
@@ -65,14 +68,26 @@ def _compiled(config, mesh):
     return compile_train_step(config, mesh)
 
 
+@functools.cache
+def _evaluation(config, mesh):
+    """What `Evaluator` compiles for all that have the same configuration but for what does not go into programs."""
+    return Evaluator(config, mesh, TokenSplit(np.arange(100), None, None))._total_nll
+
+
 @pytest.fixture(autouse=True)
-def one_program_for_each_kind_of_step(monkeypatch):
-    """Tracing a step costs more than these runs; what is left out here does not go into the program."""
-    def shared(config, mesh):
+def one_program_of_each_kind(monkeypatch):
+    """Tracing a step costs more than these runs; what is left out here does not go into the programs."""
+    def programs_of(config):
         plain = RunConfig(model=config.model)
-        return _compiled(dataclasses.replace(config, steps=1, seed=0, data=plain.data, report=plain.report,
-                                             checkpoint=plain.checkpoint, schedule=plain.schedule), mesh)
-    monkeypatch.setattr(loop, "compile_train_step", shared)
+        return dataclasses.replace(config, steps=1, seed=0, data=plain.data, report=plain.report,
+                                   checkpoint=plain.checkpoint, schedule=plain.schedule)
+
+    def evaluator(config, mesh, split):
+        made = Evaluator(config, mesh, split)
+        made._total_nll = _evaluation(programs_of(config), mesh)
+        return made
+    monkeypatch.setattr(loop, "compile_train_step", lambda config, mesh: _compiled(programs_of(config), mesh))
+    monkeypatch.setattr(loop, "Evaluator", evaluator)
 
 
 def _quiet(line: str) -> None:
@@ -136,17 +151,23 @@ def test_it_learns_and_reports(tiny, tmp_path):
     np.testing.assert_allclose(np.sum(loads[0]["share"], axis=-1), 1, atol=1e-3)
 
 
-def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(tiny, tmp_path):
-    """20 steps in float32: losses differ by rounding alone (4e-7 seen). Then the state saved on 8 devices continues on
+# With a layer of every kind, and text sampled on 8 devices, it compiles for more than a minute.
+@pytest.mark.parametrize(("model", "steps", "sampled"), [
+    ({"num_nextn_predict_layers": 0}, 10, False),
+    pytest.param({"num_hidden_layers": 2, "first_k_dense_replace": 1}, 20, True, marks=pytest.mark.slow)],
+    ids=["experts", "a layer of every kind, and samples"])
+def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(model, steps, sampled, tiny, tmp_path):
+    """Float32: losses of 20 steps differ by rounding alone (4e-7 seen). Then the state saved on 8 devices continues on
     one, and that of one device on 8; restoring on any mesh gives the same bits. With the least capacity, most steps on
     8 devices dispatch in several rounds. On 8 and on 2, pairs of devices share sequences."""
+    tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **model), steps=steps)
     eight = dataclasses.replace(
         tiny, mesh=MeshConfig(data=1, scale_out=2, scale_up=2, context=2, capacity_factor=1.0),
-        report=ReportConfig(sample_every=20, sample_prompt="one two", sample_tokens=2))
+        report=ReportConfig(sample_every=steps if sampled else 0, sample_prompt="one two", sample_tokens=2))
     said: list[str] = []
     summaries = [train(tiny, tmp_path / "one", _quiet), train(eight, tmp_path / "eight", said.append)]
     assert any(line.startswith("mesh pipe=1 data=1 scale_out=2 scale_up=2 context=2 ") for line in said)
-    assert any(line.startswith("sample step 20") for line in said)
+    assert any(line.startswith(f"sample step {steps}") for line in said) == sampled
     one, other = (summary["validation_bits_per_byte"] for summary in summaries)
     assert other == pytest.approx(one, rel=1e-5)
     rounds = {folder: [r["dispatch_rounds"] for r in _records(tmp_path / folder) if "loss" in r]
@@ -160,8 +181,8 @@ def test_eight_devices_give_the_losses_of_one_and_checkpoints_move(tiny, tmp_pat
         for name, value in _final_state(config, tmp_path / "eight").items():
             np.testing.assert_array_equal(value, saved[name], err_msg=name)
     for folder, config in (("one", eight), ("eight", tiny)):
-        longer = dataclasses.replace(config, steps=22)
-        assert train(longer, tmp_path / folder, _quiet)["resumed_from"] == 20
+        longer = dataclasses.replace(config, steps=steps + 2)
+        assert train(longer, tmp_path / folder, _quiet)["resumed_from"] == steps
     np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=3e-6)
 
 
