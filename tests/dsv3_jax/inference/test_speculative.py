@@ -85,7 +85,8 @@ def _forward(model, tokens):
 
 @pytest.mark.parametrize(("config", "strength", "least", "most"), [
     (TINY, 1.0, 0.0, 0.2), (TINY, 0.15, 0.2, 0.95), (TWO_DEPTHS, 0.1, 0.2, 0.95),
-    (dataclasses.replace(TINY, mtp_hidden="post_norm"), 0.0, 1.0, 1.0)],
+    # Perfect drafts are also those of the test of acceptance, and post-norm that of test_forward.py.
+    pytest.param(dataclasses.replace(TINY, mtp_hidden="post_norm"), 0.0, 1.0, 1.0, marks=pytest.mark.slow)],
     ids=["random", "one depth", "two depths", "perfect, post-norm"])
 def test_greedy_tokens_are_the_plain_ones_and_drafts_the_modules_own(config, strength, least, most):
     """Drafts that are kept are those the training forward pass says: the prediction modules' caches are right, also
@@ -154,6 +155,14 @@ FILTERED = Sampling(temperature=1.3, top_k=5, top_p=0.97, min_p=0.02, repetition
 ROWS = 4096
 
 
+@jax.jit
+def _probabilities(model, tokens, rows):
+    """Of the tokens after the second, the third and the fourth one."""
+    logits = model.logits(model(tokens, mtp=False).hidden_BTD)
+    seen = tokens[:, :, None] == jnp.arange(SMALL.vocab_size)
+    return [probabilities(logits[:, at], seen[:, :at + 1].any(axis=1), rows) for at in (1, 2, 3)]
+
+
 @functools.cache
 def _two_token_distribution(strength, sampling):
     """float64 [V, V]: the second and third new token after prompt [1, 2], through every first one."""
@@ -161,9 +170,8 @@ def _two_token_distribution(strength, sampling):
     vocab = SMALL.vocab_size
     first, second = (x.reshape(-1) for x in np.meshgrid(np.arange(vocab), np.arange(vocab), indexing="ij"))
     tokens = np.stack([np.ones_like(first), np.full_like(first, 2), first, second], axis=1)
-    logits = model.logits(model(tokens, mtp=False).hidden_BTD)
-    p = [np.asarray(probabilities(logits[:, at], jnp.asarray((tokens[:, :at + 1, None] == np.arange(vocab)).any(1)),
-                                  sampling_rows([sampling] * len(tokens))), np.float64) for at in (1, 2, 3)]
+    rows = sampling_rows([sampling] * len(tokens))
+    p = [np.asarray(part, np.float64) for part in _probabilities(model, tokens, rows)]
     joint = (p[0][np.arange(len(first)), first] * p[1][np.arange(len(first)), second])[:, None] * p[2]
     return joint.reshape(vocab, vocab, vocab).sum(axis=0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import BatchConfig, Execution, MeshConfig
+from dsv3_jax.config import BatchConfig, Execution, MeshConfig, ModelConfig
 from dsv3_jax.mesh import batch_sharding, make_mesh
 from dsv3_jax.nn.model import model_structure, split_model
 from dsv3_jax.precision.recipe import compute_weights
@@ -22,17 +22,21 @@ from dsv3_jax.training.step import compile_train_step
 
 TINY = dataclasses.replace(RUNS["tiny"].model, num_hidden_layers=2)
 """A dense and an expert layer, and a prediction module."""
+EXPERTS = dataclasses.replace(TINY, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+"""A layer that has products of every kind."""
 RUN = dataclasses.replace(RUNS["tiny"], model=TINY, batch=BatchConfig(sequences=8, sequence_length=128),
                           recompute="paper")
 
 
 @functools.cache
-def _three_steps(precision: str, mesh: MeshConfig = MeshConfig(data=1)) -> np.ndarray:
+def _three_steps(precision: str, mesh: MeshConfig = MeshConfig(data=1), model: ModelConfig = TINY) -> np.ndarray:
     """[3, 3]: loss, loss of prediction and norm of the gradient."""
-    config = dataclasses.replace(RUN, precision=precision, mesh=mesh)
+    config = dataclasses.replace(RUN, precision=precision, mesh=mesh, model=model,
+                                 recompute="none" if model == EXPERTS else RUN.recompute)  # a smaller program
     devices = make_mesh(mesh, jax.devices()[:1 if mesh.data == 1 else 8])
     step, state = compile_train_step(config, devices), init_state(config, devices)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 8, 130)).astype(np.int32)
+    tokens = tokens[..., :129 + model.num_nextn_predict_layers]
     told = []
     for _ in range(3):
         state, metrics = step(state, jax.device_put(tokens, batch_sharding(devices, leading=1)), jnp.int32(1),
@@ -41,10 +45,12 @@ def _three_steps(precision: str, mesh: MeshConfig = MeshConfig(data=1)) -> np.nd
     return np.array(told)
 
 
-def test_near_bf16():
+@pytest.mark.parametrize("model", [EXPERTS, pytest.param(TINY, marks=pytest.mark.slow)],
+                         ids=["experts", "a layer of every kind"])
+def test_near_bf16(model):
     """Losses to 3 digits: E4M3 has 3 fraction bits, and its errors average out over 1024 tokens. The norm of the
     gradient, mostly of one layer's, to 2."""
-    bf16, fp8 = _three_steps("bf16"), _three_steps("fp8")
+    bf16, fp8 = (_three_steps(precision, model=model) for precision in ("bf16", "fp8"))
     np.testing.assert_allclose(fp8[:, :2], bf16[:, :2], rtol=1e-3)
     np.testing.assert_allclose(fp8[:, 2], bf16[:, 2], rtol=3e-2)
     assert not np.array_equal(fp8, bf16)
