@@ -28,13 +28,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--pod", "h900:2x8"], "hardware h900 is unknown; did you mean h"),
     (["--preset", "deepseek_v3"], "has no pod of its own: name one, such as --pod h800:256x8"),
-    (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-out", "16", "--mesh.scale-up", "8"],
-     "model.n_group (8) must be divisible by mesh.scale_out (16)"),
     (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-up", "16"],
      "does not fit inside one fast domain"),
-    (["--preset", "deepseek_v3", "--pod", "h800:256x8"], "must be divisible by the 2048 devices that share a batch"),
-    (["--preset", "tinny", "--pod", "h100:2x4"], "did you mean tiny?"),
-    (["--pod", "mine:2x8", "--hardware", "no_such.toml"], "no_such.toml: cannot be read")])
+    (["--pod", "mine:2x8", "--hardware", "no_such.toml"], "no_such.toml: cannot be read"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (["--preset", "deepseek_v3", "--pod", "h800:256x8", "--mesh.scale-out", "16", "--mesh.scale-up", "8"],
+         "model.n_group (8) must be divisible by mesh.scale_out (16)"),
+        (["--preset", "deepseek_v3", "--pod", "h800:256x8"],
+         "must be divisible by the 2048 devices that share a batch"),
+        (["--preset", "tinny", "--pod", "h100:2x4"], "did you mean tiny?")])])
 def test_mistakes_are_told_in_one_line_before_compiling(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2

@@ -56,12 +56,13 @@ def test_there_and_back(published, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--dry-run", "--preset", "deepseek_v4"], ["deepseek_v4", "deepseek_v3"]),
     (["--dry-run"], ["--preset"]),
-    (["{published}"], ["target"]),
     (["{published}", "{published}"], ["exists"]),
-    (["/no/such/folder", "{tmp}/out"], ["/no/such/folder", "safetensors"]),
     (["{published}", "{tmp}/out", "--ema"], ["--ema", "run folder"]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (["--dry-run", "--preset", "deepseek_v4"], ["deepseek_v4", "deepseek_v3"]),
+        (["{published}"], ["target"]),
+        (["/no/such/folder", "{tmp}/out"], ["/no/such/folder", "safetensors"])]),
 ])
 def test_mistakes_are_explained(published, arguments, words, tmp_path):
     filled = [argument.format(published=published, tmp=tmp_path) for argument in arguments]

@@ -36,10 +36,10 @@ def test_scores_a_published_model_as_transformers_does(case, mesh, tmp_path):
 
 
 @pytest.mark.parametrize(("tokens", "arguments", "words"), [
-    ([[1, 10 ** 6]], (), "id 1000000 outside the model's vocabulary"), ([[0.5]], (), "give integers"),
-    ([list(range(8)) * 1000], (), "more than the model's window"),
-    ([[1, 2]], ("--mesh.scale-up", "3"), "must be divisible by")],
-    ids=["vocabulary", "fractions", "window", "mesh"])
+    pytest.param([[1, 10 ** 6]], (), "id 1000000 outside the model's vocabulary", id="vocabulary"),
+    pytest.param([[0.5]], (), "give integers", id="fractions", marks=pytest.mark.slow),
+    pytest.param([list(range(8)) * 1000], (), "more than the model's window", id="window", marks=pytest.mark.slow),
+    pytest.param([[1, 2]], ("--mesh.scale-up", "3"), "must be divisible by", id="mesh")])
 def test_mistakes_are_explained_and_leave_nothing(tokens, arguments, words, tmp_path):
     np.save(tmp_path / "ids.npy", np.array(tokens))
     _, err = _run("score.py", GOLDENS / "yarn", "--tokens", tmp_path / "ids.npy", "--out", tmp_path / "scores.npz",

@@ -146,14 +146,15 @@ def test_the_table_that_is_shipped_can_be_read():
 
 
 def test_only_makes_kernels_of_one_tile():
-    """Of one shape, which JAX would not trace twice."""
+    """Of one shape, which JAX would not trace twice. (All tiles are compiled in test_fp8_compiled.py.)"""
     operands, programs = product(512, 768, 768).operands, set()
-    for tile in tuning.CANDIDATES["product"]:
+    tiles = tuning.CANDIDATES["product"][:3]
+    for tile in tiles:
         with tuning.only("product", tile):
             assert chosen(512, 768, 768) == tile
             lowered = jax.jit(fp8_matmul).trace(*operands).lower(lowering_platforms=("cuda",))
         programs.add(lowered.as_text())
-    assert len(programs) == len(tuning.CANDIDATES["product"])
+    assert len(programs) == len(tiles) == 3
 
 
 class FakeTorch(types.SimpleNamespace):

@@ -60,7 +60,8 @@ def test_only_hopper_gets_the_kernel_of_hopper(pod, expected):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
-@pytest.mark.parametrize("pod", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("pod", ["v5p:2x2x1", *(pytest.param(pod, marks=pytest.mark.slow)
+                                               for pod in ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"))])
 def test_compiles_for_tpus(pod):
     """Three ragged kernels for the product and its gradients, and no product of every row with every group."""
     mesh, (width, inner) = pod_mesh(parse_pod(pod), MeshConfig()), SHAPES["down"]

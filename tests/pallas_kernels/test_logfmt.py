@@ -29,8 +29,9 @@ def encoded_codes(x: np.ndarray, bits: int) -> np.ndarray:
     return oracle.unpack(np.asarray(encoded(jnp.asarray(x, jnp.float32), bits)[0]), bits) & 2 ** (bits - 1) - 1
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [*((bits, jnp.float32) for bits in BITS), (4, jnp.bfloat16),
-                                             (10, jnp.bfloat16)])
+@pytest.mark.parametrize(("bits", "dtype"), [
+    *(pytest.param(bits, jnp.float32, marks=[] if bits in (4, 7, 10, 16) else pytest.mark.slow) for bits in BITS),
+    (4, jnp.bfloat16), (10, jnp.bfloat16)])
 def test_every_code_is_that_of_the_nearest_value(bits, dtype):
     x = matrix((3, 300), dtype)
     codes, ends = encoded(x, bits)

@@ -72,7 +72,9 @@ def test_one_slice():
     assert {total.kind for total in report.collectives} >= {"all-to-all", "all-gather"}
 
 
+@pytest.mark.slow
 def test_two_slices():
+    """(What crosses between slices is also counted in test_exchange.py, of programs that compile in seconds.)"""
     report = compiled("v5p:2x2x2,slices=2", RUN.mesh)
     assert report.slow_seconds > 0
     hops = {total.axis: total.bytes for total in report.collectives if total.kind == "all-to-all"}

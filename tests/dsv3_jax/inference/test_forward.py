@@ -71,7 +71,11 @@ def _nan_cache(config, rows=4):
     return dataclasses.replace(cache, storage=jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), cache.storage))
 
 
-@pytest.mark.parametrize(("name", "lists"), [*((name, False) for name in CONFIGS), ("v3", True)])
+# The generator's layers are lists, and its text is compared with the forward pass in test_generate.py. What "gqa" and
+# "latent, window" have is also in "mqa, window", and in rings of both kinds in test_storage.py.
+@pytest.mark.parametrize(("name", "lists"), [
+    *(pytest.param(name, False, marks=pytest.mark.slow if name in ("gqa", "latent, window") else [])
+      for name in CONFIGS), pytest.param("v3", True, marks=pytest.mark.slow)])
 def test_decode_equals_teacher_forcing_however_the_text_is_cut(name, lists):
     config, model, tokens, teacher = _case(name)
     model = unstacked(model) if lists else model
@@ -140,7 +144,8 @@ def test_eight_devices_equal_one_and_the_cache_stays_where_its_rows_are(eight_de
     assert "f32[3,8,16,40]" not in program.as_text()
 
 
-@pytest.mark.parametrize("hidden", ["pre_norm", "post_norm"])
+# Before the norm it is what speculative decoding is tested with.
+@pytest.mark.parametrize("hidden", [pytest.param("pre_norm", marks=pytest.mark.slow), "post_norm"])
 def test_prediction_modules_equal_training(hidden):
     """Two depths, prefilled up to `start` and then run over windows that overlap what is there."""
     config = dataclasses.replace(TINY, num_nextn_predict_layers=2, mtp_hidden=hidden)

@@ -128,7 +128,9 @@ def test_what_does_not_fit_is_told_with_the_remedy():
     assert len(whole) == 28
 
 
-@pytest.mark.parametrize("sizes", [{"scale_out": 2, "scale_up": 4}, {"data": 2, "scale_up": 2, "context": 2}], ids=str)
+# Two nodes of four make the text of one device in the next test too.
+@pytest.mark.parametrize("sizes", [pytest.param({"scale_out": 2, "scale_up": 4}, marks=pytest.mark.slow),
+                                   {"data": 2, "scale_up": 2, "context": 2}], ids=str)
 def test_eight_devices_make_the_text_of_one(sizes, eight_devices):
     """Five rows on eight devices; with a context axis, which decoding does not share."""
     prompts, kinds = [*PROMPTS, PROMPTS[0]], [*[GREEDY] * 4, Sampling(0.8, top_k=50, seed=11)]
