@@ -89,7 +89,7 @@ def test_a_platform_gets_its_backend_and_no_other(platform, width, expected):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `aot`")
 @pytest.mark.parametrize(("pod", "config"), [
-    ("v5p:2x2x2", MeshConfig(scale_up=8)),
+    pytest.param("v5p:2x2x2", MeshConfig(scale_up=8), marks=pytest.mark.slow),
     ("v6e:2x4", MeshConfig(scale_up=4, context=2)),
     ("v5p:2x2x1,slices=2", MeshConfig(scale_out=2, scale_up=2, context=2))])
 def test_compiles_for_tpus(pod, config):
@@ -113,7 +113,8 @@ def test_compute_runs_between_start_and_wait_on_tpu():
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `aot`")
 @pytest.mark.parametrize(("pod", "config"), [
-    ("h100:1x8", MeshConfig(scale_up=8)), ("h100:8x8", MeshConfig(scale_out=8, scale_up=4, context=2))])
+    pytest.param("h100:1x8", MeshConfig(scale_up=8), marks=pytest.mark.slow),
+    ("h100:8x8", MeshConfig(scale_out=8, scale_up=4, context=2))])
 def test_compiles_for_h100(pod, config):
     """On one host and on eight with the axis inside each: no registers spilled, and XLA exchanges nothing but numbers
     of rows and weights."""

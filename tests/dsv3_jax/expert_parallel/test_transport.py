@@ -48,7 +48,7 @@ def arguments(devices: int):
             rng.random(experts.shape, np.float32))
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 8), pytest.param((8, 1), marks=pytest.mark.slow)], ids=str)
 def test_transports_agree_in_float8(sizes, monkeypatch):
     """Bit for bit. (In float32 the whole layer's slow tests tell it, tests/dsv3_jax/nn/test_moe.py. The Pallas kernels
     themselves are compared with their reference where they are tested.)"""
