@@ -48,7 +48,8 @@ def arguments(devices: int):
             rng.random(experts.shape, np.float32))
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (1, 8), pytest.param((8, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow),
+                                   pytest.param((8, 1), marks=pytest.mark.slow)], ids=str)
 def test_transports_agree_in_float8(sizes, monkeypatch):
     """Bit for bit. (In float32 the whole layer's slow tests tell it, tests/dsv3_jax/nn/test_moe.py. The Pallas kernels
     themselves are compared with their reference where they are tested.)"""
@@ -67,7 +68,7 @@ def test_transports_agree_in_float8(sizes, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
                     reason="needs the extra `aot`")
-@pytest.mark.parametrize("pod", ["h100:2x8", "v5p:2x2x2,slices=2"])
+@pytest.mark.parametrize("pod", ["h100:2x8", pytest.param("v5p:2x2x2,slices=2", marks=pytest.mark.slow)])
 def test_ragged_compiles(pod):
     """Rows travel by ragged exchanges alone: what is padded are the plan's few numbers."""
     mesh = pod_mesh(parse_pod(pod), MeshConfig(scale_out=2, scale_up=8))
@@ -84,7 +85,8 @@ def test_ragged_compiles(pod):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
                     reason="needs the extra `aot`")
-@pytest.mark.parametrize(("pod", "kernel"), [("h100:2x8", "mosaic_gpu"), ("v5p:2x2x2,slices=2", "tpu_custom_call")])
+@pytest.mark.parametrize(("pod", "kernel"), [
+    pytest.param("h100:2x8", "mosaic_gpu", marks=pytest.mark.slow), ("v5p:2x2x2,slices=2", "tpu_custom_call")])
 def test_kernels_carry_rows_inside_nodes(pod, kernel):
     """Out, its gradient's way home, home, and its gradient's way out; between nodes it is XLA's exchange."""
     mesh = pod_mesh(parse_pod(pod), MeshConfig(scale_out=2, scale_up=8))

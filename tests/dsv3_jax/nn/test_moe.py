@@ -148,7 +148,6 @@ PADDED, ALL = ("padded",), ("padded", "ragged", "pallas")
 
 @pytest.mark.parametrize(("mesh", "limit", "recompute", "transports"), [
     ((1, 1, 1), (4, 2), "none", PADDED),
-    ((1, 8, 1), (1, 1), "none", PADDED),
     ((2, 4, 1), (1, 1), "full", PADDED),
     ((2, 2, 2), (2, 1), "paper", PADDED),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
