@@ -33,9 +33,11 @@ def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()
             jax.config.update("jax_platforms", "cpu")
     if mesh.simulate_devices is not None:
         jax.config.update("jax_platforms", "cpu")
-        os.environ["XLA_FLAGS"] = " ".join(
-            [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-            + [f"--xla_force_host_platform_device_count={mesh.simulate_devices}"])
+        _set_xla_flag("xla_force_host_platform_device_count", mesh.simulate_devices)
+    if _accelerator() is None or jax.config.jax_platforms == "cpu":
+        if "xla_allow_excess_precision" not in os.environ.get("XLA_FLAGS", ""):
+            # XLA on CPU computes in float32 and would drop most casts to bf16 and back between its operations.
+            _set_xla_flag("xla_allow_excess_precision", "false")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
     if distributed.coordinator is not None:
@@ -45,6 +47,11 @@ def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()
     if mesh.simulate_devices is not None and jax.local_device_count() != mesh.simulate_devices:
         raise ConfigError(f"mesh.simulate_devices ({mesh.simulate_devices}) came too late: JAX already runs "
                           f"with {jax.local_device_count()} devices; call runtime.start before using JAX")
+
+
+def _set_xla_flag(name: str, value: object) -> None:
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if name not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"--{name}={value}"])
 
 
 def wait_for_processes(name: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -31,3 +34,17 @@ def test_an_idle_accelerator_is_reported(extra, platforms, warns, monkeypatch):
     warning = runtime.idle_accelerator()
     assert bool(warning) == warns
     assert not warns or f"dsv3-jax[{extra}]" in warning
+
+
+def test_bf16_is_rounded_on_the_cpu():
+    """What is cast to bf16 and back has lost its last bits: XLA drops such casts unless told not to."""
+    program = """
+import jax, jax.numpy as jnp
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.training import runtime
+runtime.start(MeshConfig(simulate_devices=2))
+print(jax.device_count(), jax.jit(lambda x: (x * 3).astype(jnp.bfloat16).astype(jnp.float32))(1 + 2.0 ** -7))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    # 3 + 3/128 lies between 3 + 2/128 and 3 + 4/128, and rounds to the one whose last bit is even.
+    assert done.stdout.split() == ["2", "3.03125"]
