@@ -34,10 +34,10 @@ def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()
     if mesh.simulate_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         _set_xla_flag("xla_force_host_platform_device_count", mesh.simulate_devices)
-    if _accelerator() is None or jax.config.jax_platforms == "cpu":
-        if "xla_allow_excess_precision" not in os.environ.get("XLA_FLAGS", ""):
-            # XLA on CPU computes in float32 and would drop most casts to bf16 and back between its operations.
-            _set_xla_flag("xla_allow_excess_precision", "false")
+    on_cpu = _accelerator() is None or jax.config.jax_platforms == "cpu"
+    if on_cpu and "xla_allow_excess_precision" not in os.environ.get("XLA_FLAGS", ""):
+        # XLA on CPU computes in float32 and would drop most casts to bf16 and back between its operations.
+        _set_xla_flag("xla_allow_excess_precision", "false")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
     if distributed.coordinator is not None:
