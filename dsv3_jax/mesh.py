@@ -180,8 +180,8 @@ def context_size() -> int:
 
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps `x` [B, T, ...] split over all devices, its rows over the batch axes and T, if it divides, over context;
-    nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    nothing outside a mesh, or of one device's part."""
+    if jax.sharding.get_abstract_mesh().empty or not _automatic_axes():
         return x
     return jax.lax.with_sharding_constraint(x, _spec_of_tokens(x))
 
@@ -251,7 +251,7 @@ def gather_for_compute(state: Any) -> Any:
     all-reduce and a slice.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or not _automatic_axes():
         return state
 
     def one(variable: nnx.Variable) -> nnx.Variable:

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import FAST_AXES
+from dsv3_jax.precision.deferral import all_at_once
 
 OneRound = Callable[..., tuple[jax.Array, jax.Array]]
 """(experts_TK, *arrays) -> (float32 [T, D], what the choices in experts_TK contribute; float32 scalar, choices that
@@ -165,7 +166,8 @@ def _backward(one_round: OneRound, saved: tuple, grads: tuple[jax.Array, jax.Arr
     def add(carry: tuple[jax.Array, tuple]) -> tuple[jax.Array, tuple]:
         index, total = carry
         chosen = _choices_of(index, experts_TK, plan)
-        own = jax.vjp(lambda *arrays: one_round(chosen, *arrays)[0], *arrays)[1](grads_TD)
+        with all_at_once():
+            own = jax.vjp(lambda *arrays: one_round(chosen, *arrays)[0], *arrays)[1](grads_TD)
         return index + 1, jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, own)
 
     def further() -> tuple[jax.Array, ...]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.mesh import on_own_tokens
+from dsv3_jax.precision.deferral import later
 from dsv3_jax.precision.linear import linear, swiglu_linear
 from dsv3_jax.precision.quantised import Quantised
 from dsv3_jax.precision.recipe import LinearRecipe, PrecisionRecipe
@@ -53,7 +54,20 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., D] in the table's dtype."""
-        return jnp.take(self.weight[...], tokens, axis=0)
+        return _rows(self.weight[...], tokens)
+
+
+@jax.custom_vjp
+def _rows(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take(table_VD, tokens, axis=0)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], grads: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, tokens = saved
+    return jax.vjp(lambda table: jnp.take(table, tokens, axis=0), table_VD)[1](later(grads))[0], None
+
+
+_rows.defvjp(lambda table, tokens: (_rows(table, tokens), (table, tokens)), _rows_backward)
 
 
 class OutputHead(nnx.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.precision.accumulator import hopper_grouped_matmul, hopper_grouped_wgrad, hopper_matmul
+from dsv3_jax.precision.deferral import later
 from dsv3_jax.precision.quantised import BLOCK, COLUMN, ROW, Carried, Quantised, QuantisedE5M6
 from dsv3_jax.precision.recipe import Cast, LinearRecipe
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -93,9 +94,28 @@ def _check_float8(x: jax.Array | Carried, weight: Weight, recipe: LinearRecipe |
 
 def _plain(x_MK: jax.Array, weight: Any, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
     """In x's dtype; nothing is in float8."""
+    return _plain_product(x_MK, weight, group_sizes_E, alignment)
+
+
+def _multiply(x_MK: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
     if group_sizes_E is None:
         return x_MK @ weight
     return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
+
+
+_plain_product = jax.custom_vjp(_multiply, nondiff_argnums=(3,))
+
+
+def _plain_backward(alignment: int, saved: tuple, grads_MN: jax.Array) -> tuple:
+    """The usual gradients; that of the weight from marked values, see `deferral`."""
+    x_MK, weight, group_sizes_E = saved
+    (d_x,) = jax.vjp(lambda x: _multiply(x, weight, group_sizes_E, alignment), x_MK)[1](grads_MN)
+    x_MK, grads_MN = later((x_MK, grads_MN))
+    (d_weight,) = jax.vjp(lambda w: _multiply(x_MK, w, group_sizes_E, alignment), weight)[1](grads_MN)
+    return d_x, d_weight, None
+
+
+_plain_product.defvjp(lambda *operands: (_multiply(*operands), operands[:3]), _plain_backward)
 
 
 def _named(x: Any, name: str | None) -> Any:
@@ -166,6 +186,7 @@ def _backward(static: _Static, saved: tuple, grads_MN: jax.Array) -> tuple:
         kept = _cast_transposed(kept.dequantise(dtype), recipe.input_of_wgrad)
     grads, across = _cast_both(grads_MN, recipe.gradient, recipe.gradient_of_wgrad)
     d_x = _product(grads, _cast(weight, recipe.weight), group_sizes_E, dtype, static)
+    kept, across = later((kept, across))
     d_weight = _weight_gradient(kept, across, group_sizes_E, static).astype(weight.dtype)
     d_scale = None
     if static.swiglu:
