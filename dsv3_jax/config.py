@@ -222,7 +222,7 @@ class MeshConfig:
     """Devices along each mesh axis. See `dsv3_jax.mesh` for what the axes mean."""
 
     pipe: int = 1
-    """Pipeline stages."""
+    """Ranks of the pipeline; see `PipelineConfig`."""
     data: int | None = None
     """Replicas of the expert-parallel group; None takes every device the other axes leave."""
     scale_out: int = 1
@@ -253,13 +253,35 @@ class MeshConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"mesh.{name} ({value}) must be at least 1")
         _require_capacity("mesh.capacity_factor", self.capacity_factor)
-        _require(self.pipe == 1, f"mesh.pipe ({self.pipe}) must be 1: no pipeline schedule is built yet; "
-                 "use mesh.data, mesh.scale_out, mesh.scale_up and mesh.context")
+        _require(self.pipe == 1 or self.context == 1,
+                 f"mesh.context ({self.context}) must be 1 with mesh.pipe ({self.pipe}): stages see whole sequences; "
+                 "use mesh.scale_up")
+        _require(self.pipe == 1 or self.zero == "zero1",
+                 f"mesh.zero ({self.zero}) must be zero1 with mesh.pipe ({self.pipe}): ranks hold the weights of their "
+                 "stages for the whole step")
 
     @property
     def expert_parallel(self) -> int:
         """Devices that the experts are spread over."""
         return self.scale_out * self.scale_up * self.context
+
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """In which order the ranks of `mesh.pipe` work on micro-batches; without effect on one rank.
+
+    Every schedule computes the same, with other waits and memory: `experiments/pipeline_schedules.py` tells. Ranks and
+    `batch.micro_batches` must be what it takes: of dualpipe an even number, and an even number at least twice that.
+    """
+
+    schedule: Schedule = "dualpipe"
+    """dualpipe keeps weights on two ranks, for few waits and communication behind computing (paper 2, section 3.2.1);
+    dualpipev does so without the second copy, on twice as many stages."""
+    chunks: int | None = None
+    """Stages of each rank with the schedule interleaved; None: 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,6 +474,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
     distributed: DistributedConfig = DistributedConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     steps: int = 100
     precision: Precision = "bf16"
     """Type of activations and compute weights; with fp8 the products of linear layers read float8 (paper 2, section
@@ -507,6 +530,6 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     """The inverse of `to_json` for a `RunConfig`; an unknown field raises `TypeError`."""
     parts = {"mesh": MeshConfig, "batch": BatchConfig, "schedule": ScheduleConfig, "optimizer": OptimizerConfig,
              "data": DataConfig, "checkpoint": CheckpointConfig, "report": ReportConfig,
-             "distributed": DistributedConfig}
+             "distributed": DistributedConfig, "pipeline": PipelineConfig}
     built = {name: kind(**values[name]) for name, kind in parts.items() if name in values}
     return RunConfig(**{**values, **built, "model": model_from_dict(values["model"])})

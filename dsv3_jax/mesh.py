@@ -39,11 +39,12 @@ TOKENS = PartitionSpec(BATCH_AXES, "context")
 # Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
 # first that divides takes an axis (ZeRO). `COMPUTE` lays out weights while they are used: only experts stay apart.
 # The slowest network is the minor axis of storage, so that `gather_for_compute` can bring the small parts over it first
-# and the whole over the fast one.
+# and the whole over the fast one. Ranks of a pipeline store parts of all layers, and none has layers of its own until
+# a step lays them out: what is stored does not depend on the schedule.
 SPREAD = (*FAST_AXES, "scale_out", "data")
-COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES, "layer": ("pipe",)}
+COMPUTE: dict[str, tuple[str, ...]] = {"expert": EXPERT_AXES}
 STORAGE: dict[str, tuple[str, ...]] = COMPUTE | {
-    name: SPREAD for name in ("embed", "vocab", "heads", "latent", "mlp")}
+    name: ("pipe", *SPREAD) for name in ("embed", "vocab", "heads", "latent", "mlp")}
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -270,11 +271,11 @@ def axes_of(axes: Any) -> tuple[str, ...]:
 
 
 def _gather_steps(storage: PartitionSpec, compute: PartitionSpec) -> Iterator[PartitionSpec]:
-    """The layouts between storage and compute: `storage` without data, then without scale_out either, as far as
-    `compute` does not use them."""
+    """The layouts between storage and compute: `storage` without pipe, then without data, then without scale_out
+    either, as far as `compute` does not use them."""
     used = {axis for axes in compute for axis in axes_of(axes)}
     spec = [axes_of(axes) for axes in storage]
-    for axis in ("data", "scale_out"):
+    for axis in ("pipe", "data", "scale_out"):
         if axis not in used and any(axis in axes for axes in spec):
             spec = [tuple(name for name in axes if name != axis) for axes in spec]
             yield PartitionSpec(*(axes or None for axes in spec))

@@ -88,8 +88,13 @@ def run_stack(blocks: Block, hidden_BTD: jax.Array, positions_T: jax.Array,
               execution: Execution) -> tuple[jax.Array, RouterStats | None]:
     """Runs a stack of blocks; statistics gain a leading layer dimension."""
     graphdef, layers = nnx.split(blocks)
+    short = len(jax.tree.leaves(layers)[0]) <= SHORT_STACK
+    return jax.lax.scan(layer_of(graphdef, positions_T, execution), hidden_BTD, layers, unroll=short)
 
+
+def layer_of(graphdef: nnx.GraphDef, positions_T: jax.Array, execution: Execution) -> Callable:
+    """(hidden [B, T, D], weights of one block) -> (hidden, its statistics), with the activations kept that
+    `execution.recompute` says."""
     def step(hidden_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, RouterStats | None]:
         return nnx.merge(graphdef, gather_for_compute(layer))(hidden_BTD, positions_T, execution)
-    short = len(jax.tree.leaves(layers)[0]) <= SHORT_STACK
-    return jax.lax.scan(recomputed(step, execution.recompute), hidden_BTD, layers, unroll=short)
+    return recomputed(step, execution.recompute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,20 +58,15 @@ class DeepSeekV3(nnx.Module):
         """
         depth = len(self.mtp) if mtp else 0
         positions_T = jnp.arange(tokens.shape[1] - depth)
-        hidden_BTD, *ahead_BTD = _embed(self.embed_tokens, tokens, depth)
+        hidden_BTD, *ahead_BTD = embed_with_depths(self.embed_tokens, tokens, depth)
         if self.config.first_k_dense_replace:
             hidden_BTD, _ = run_stack(self.dense_layers, hidden_BTD, positions_T, execution)
         hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, execution)
         normed = self.norm(hidden_BTD)
-
         previous = hidden_BTD if self.config.mtp_hidden == "pre_norm" else normed
-        mtp_hidden, mtp_stats = [], []
-        for k in range(1, depth + 1):
-            previous, layer_stats = _run_mtp(self.mtp[k - 1], previous, ahead_BTD[k - 1], positions_T, execution)
-            mtp_hidden.append(self.mtp[k - 1].norm(previous))
-            mtp_stats.append(jax.tree.map(lambda x: x[None], layer_stats))
+        mtp_hidden, mtp_stats = predict_ahead(list(self.mtp)[:depth], previous, ahead_BTD, positions_T, execution)
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, *mtp_stats)
-        return ModelOutput(normed, tuple(mtp_hidden), stats)
+        return ModelOutput(normed, mtp_hidden, stats)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [..., V], float32; serves the main model and every depth."""
@@ -99,7 +95,7 @@ def model_structure(config: ModelConfig, precision: Precision = "bf16") -> nnx.G
     return structure[0]
 
 
-def _embed(table: Embedding, tokens: jax.Array, depth: int) -> list[jax.Array]:
+def embed_with_depths(table: Embedding, tokens: jax.Array, depth: int) -> list[jax.Array]:
     """int [B, T + depth] -> depth + 1 times [B, T, D]: the vectors of each position's token, of the next, and so on."""
     embed, length = gathered(table), tokens.shape[1] - depth
     if context_size() == 1:
@@ -110,6 +106,25 @@ def _embed(table: Embedding, tokens: jax.Array, depth: int) -> list[jax.Array]:
     ids_BTK = jnp.stack([tokens[:, k:k + length] for k in range(depth + 1)], axis=2)
     embedded_BTKD = constrain_batch(embed(constrain_batch(ids_BTK)))
     return [embedded_BTKD[:, :, k] for k in range(depth + 1)]
+
+
+def predict_ahead(modules: Sequence[MTPModule], hidden_BTD: jax.Array, ahead_BTD: Sequence[jax.Array],
+                  positions_T: jax.Array, execution: Execution) -> tuple[tuple[jax.Array, ...], list[RouterStats]]:
+    """The chain of multi-token-prediction modules.
+
+    Args:
+      hidden_BTD: of the main model, before or after its norm as `ModelConfig.mtp_hidden` says.
+      ahead_BTD: [B, T, D] for each module: the vectors of the tokens 1, 2, ... further on.
+
+    Returns:
+      [B, T, D] of each module after its norm; and its statistics with a leading dimension of one layer.
+    """
+    outputs, stats, previous = [], [], hidden_BTD
+    for module, embedded in zip(modules, ahead_BTD, strict=True):
+        previous, layer_stats = _run_mtp(module, previous, embedded, positions_T, execution)
+        outputs.append(module.norm(previous))
+        stats.append(jax.tree.map(lambda x: x[None], layer_stats))
+    return tuple(outputs), stats
 
 
 def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,

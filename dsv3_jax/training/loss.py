@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -94,10 +95,16 @@ def training_losses(model: DeepSeekV3, tokens: jax.Array,
       execution: how the model is computed.
     """
     depth = len(model.mtp)
+    output = model(tokens[:, :-1], execution=execution)
+    main, mtp = prediction_losses(gathered(model.lm_head), output.hidden_BTD, output.mtp_hidden, tokens, depth)
+    return Losses(main, mtp, jnp.sum(output.stats.balance_loss)), output
+
+
+def prediction_losses(head: OutputHead, hidden_BTD: jax.Array, mtp_hidden: Sequence[jax.Array], tokens: jax.Array,
+                      depth: int) -> tuple[jax.Array, jax.Array]:
+    """(`Losses.main`, `Losses.mtp`) of hidden states after their norms; `tokens` as in `training_losses`."""
     length = tokens.shape[1] - 1 - depth
-    output, head = model(tokens[:, :-1], execution=execution), gathered(model.lm_head)
-    main = jnp.mean(negative_log_likelihood(head, output.hidden_BTD, tokens[:, 1:1 + length]))
+    main = jnp.mean(negative_log_likelihood(head, hidden_BTD, tokens[:, 1:1 + length]))
     ahead = [jnp.mean(negative_log_likelihood(head, hidden, tokens[:, k + 1:k + 1 + length]))
-             for k, hidden in enumerate(output.mtp_hidden, start=1)]
-    mtp = sum(ahead) / depth if depth else jnp.zeros(())
-    return Losses(main, jnp.asarray(mtp), jnp.sum(output.stats.balance_loss)), output
+             for k, hidden in enumerate(mtp_hidden, start=1)]
+    return main, jnp.asarray(sum(ahead) / depth if depth else jnp.zeros(()))

@@ -18,17 +18,9 @@ from dsv3_jax.nn.model import model_structure
 from dsv3_jax.precision.recipe import compute_weights
 from dsv3_jax.training.loss import Losses, training_losses
 from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.pipelined import Told, pipelined_gradients
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState, abstract_state, state_shardings
-
-
-class _Told(NamedTuple):
-    """What micro-batches report beside their gradients."""
-
-    losses: Losses
-    load_LE: jax.Array
-    dispatch_rounds: jax.Array
-    traffic: Traffic
 
 
 class StepMetrics(NamedTuple):
@@ -54,20 +46,24 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
     structure, optimizer = model_structure(config.model, config.precision), make_optimizer(config.optimizer)
 
     def loss(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
-             settings: StepSettings) -> tuple[jax.Array, _Told]:
+             settings: StepSettings) -> tuple[jax.Array, Told]:
         losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.execution)
         total = (losses.main + settings.mtp_weight * losses.mtp + config.model.aux_loss_alpha * losses.balance)
-        return total, _Told(losses, output.stats.load_E, jnp.max(output.stats.rounds),
+        return total, Told(losses, output.stats.load_E, jnp.max(output.stats.rounds),
                             jax.tree.map(jnp.sum, output.stats.traffic))
 
     def step(state: TrainState, tokens: jax.Array, micro_batches: jax.Array,
              settings: StepSettings) -> tuple[TrainState, StepMetrics]:
-        weights = weights_for_compute(state.params, config)
+        if config.mesh.pipe > 1:
+            grads, told = pipelined_gradients(config, compute_weights(state.params, config.precision),
+                                              state.router_bias, tokens, settings.mtp_weight)
+        else:
+            weights = weights_for_compute(state.params, config)
 
-        def micro(tokens: jax.Array) -> tuple[nnx.State, _Told]:
-            grads, told = jax.grad(loss, has_aux=True)(weights, state.router_bias, tokens, settings)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), told
-        grads, told = _mean_over_micro_batches(micro, tokens, micro_batches)
+            def micro(tokens: jax.Array) -> tuple[nnx.State, Told]:
+                grads, told = jax.grad(loss, has_aux=True)(weights, state.router_bias, tokens, settings)
+                return jax.tree.map(lambda g: g.astype(jnp.float32), grads), told
+            grads, told = _mean_over_micro_batches(micro, tokens, micro_batches)
         with jax.named_scope("optimizer"):
             direction, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda w, u: w - settings.learning_rate * u, state.params, direction)
@@ -81,19 +77,19 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
 
 def weights_for_compute(params: nnx.State, config: RunConfig) -> nnx.State:
     """The weights a step computes with: in compute precision, and gathered at once (zero1) or left to the modules,
-    which gather what they find spread (full)."""
+    which gather what they find spread (full, and where a pipeline's weights serve the whole model)."""
     weights = compute_weights(params, config.precision)
-    return weights if config.mesh.zero == "full" else gather_for_compute(weights)
+    return weights if config.mesh.zero == "full" or config.mesh.pipe > 1 else gather_for_compute(weights)
 
 
-def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, _Told]], tokens: jax.Array,
-                             micro_batches: jax.Array) -> tuple[Any, _Told]:
+def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, Told]], tokens: jax.Array,
+                             micro_batches: jax.Array) -> tuple[Any, Told]:
     """Mean gradients and losses, summed expert load and traffic, and most rounds over the first `micro_batches` rows of
     tokens [M, b, ...]."""
     if tokens.shape[0] == 1:
         return micro(tokens[0])
 
-    def add(index: jax.Array, total: tuple[Any, _Told]) -> tuple[Any, _Told]:
+    def add(index: jax.Array, total: tuple[Any, Told]) -> tuple[Any, Told]:
         new = micro(jax.lax.dynamic_index_in_dim(tokens, index, keepdims=False))
         grads, told = jax.tree.map(jnp.add, total, new)
         return grads, told._replace(dispatch_rounds=jnp.maximum(total[1].dispatch_rounds, new[1].dispatch_rounds))

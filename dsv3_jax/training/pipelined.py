@@ -1,0 +1,200 @@
+"""Gradients of a step by a pipeline: the model cut into stages, micro-batches through them as a schedule says.
+
+Each device runs its part of everything (`shard_map` over all axes), so gradients are summed over devices once a step
+and not with every micro-batch. Master weights are stored spread over ranks and know nothing of stages; a step lays
+layers out on the ranks that compute them, on two for DualPipe, and brings gradients back the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.expert_parallel.plan import Traffic
+from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, on_each_device, shardings
+from dsv3_jax.nn.block import layer_of
+from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, predict_ahead
+from dsv3_jax.nn.moe import RouterStats
+from dsv3_jax.pipeline.executor import Stage, run_program
+from dsv3_jax.pipeline.placement import Cut, kind_of, lay_out
+from dsv3_jax.pipeline.schedules import make
+from dsv3_jax.pipeline.stages import StageLayers, cut_model
+from dsv3_jax.pipeline.tables import make_tables
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
+from dsv3_jax.training.loss import Losses, prediction_losses
+
+
+class Told(NamedTuple):
+    """What micro-batches report beside their gradients."""
+
+    losses: Losses
+    load_LE: jax.Array
+    dispatch_rounds: jax.Array
+    traffic: Traffic
+
+
+@functools.cache
+def cut_of(config: RunConfig) -> Cut:
+    """The schedule of a run, and what its stages have.
+
+    Raises:
+      ConfigError: no such schedule has these ranks and micro-batches, there are fewer layers than stages, or batches
+        grow.
+    """
+    if config.batch.ramp_from is not None:
+        raise ConfigError(f"batch.ramp_from ({config.batch.ramp_from}) must be None with mesh.pipe "
+                          f"({config.mesh.pipe}): a schedule is for one number of micro-batches")
+    try:
+        schedule = make(config.pipeline.schedule, config.mesh.pipe, config.batch.micro_batches,
+                        chunks=config.pipeline.chunks)
+    except ConfigError as error:
+        raise ConfigError(f"pipeline.schedule with mesh.pipe ranks and batch.micro_batches: {error}") from error
+    return Cut(schedule, tuple(cut_model(config.model, schedule.stages)))
+
+
+def pipelined_gradients(config: RunConfig, weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
+                        mtp_weight: jax.Array) -> tuple[nnx.State, Told]:
+    """Mean gradients over all micro-batches, float32, spread as weights are stored, and what micro-batches told.
+
+    Args:
+      weights: in compute precision, spread as they are stored.
+      tokens: int32 [M, b, T + 1 + depth].
+    """
+    cut, mesh = cut_of(config), jax.sharding.get_abstract_mesh()
+    stored, stored_bias = (jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
+                           for state in (weights, router_bias))
+    summands = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.batch.micro_batches
+
+    def on_device(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array, mtp_weight: jax.Array
+                  ) -> tuple[nnx.State, Told]:
+        def laid_out(weights: nnx.State) -> tuple[Any, Any]:
+            return lay_out(cut, weights, stored)
+        (own, shared), (own_bias, shared_bias) = laid_out(weights), lay_out(cut, router_bias, stored_bias)
+        *gradients, told = _Stages(config, cut, len(tokens)).run((own, own_bias), (shared, shared_bias), tokens,
+                                                                 mtp_weight)
+        in_float32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), weights)
+        (parts,) = jax.linear_transpose(laid_out, in_float32)(tuple(gradients))
+        return jax.tree.map(lambda x, spec: _summed(x, spec) / summands, parts, stored), told
+    whole = PartitionSpec()
+    return on_each_device(on_device, (stored, stored_bias, PartitionSpec(None, BATCH_AXES), whole), (stored, whole))(
+        weights, router_bias, tokens, mtp_weight)
+
+
+class _Stages:
+    """The model's parts as stages, on one device."""
+
+    def __init__(self, config: RunConfig, cut: Cut, micro_batches: int):
+        self._config, self._cut, self._micro_batches = config, cut, micro_batches
+        self._depth = config.model.num_nextn_predict_layers
+        model = nnx.eval_shape(lambda: DeepSeekV3(config.model, nnx.Rngs(0), RECIPES[config.precision]))
+        self._graph = {name: nnx.split(getattr(model, name))[0] for name in ("embed_tokens", "moe_layers", "norm",
+                                                                             "lm_head")}
+        if config.model.first_k_dense_replace:
+            self._graph["dense_layers"] = nnx.split(model.dense_layers)[0]
+        self._mtp_graph = [nnx.split(module)[0] for module in model.mtp]
+
+    def run(self, own: Any, shared: Any, tokens: jax.Array, mtp_weight: jax.Array) -> tuple[Any, Any, Told]:
+        """(gradients of the rank's layers, [chunks, ...]; this rank's part of those of the rest; what all devices
+        told together)."""
+        config, cut = self._config, self._cut
+        program = make_tables(cut.schedule, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
+        width = tokens.shape[1], tokens.shape[2] - 1 - self._depth, config.model.hidden_size
+        weights = jnp.broadcast_to(mtp_weight, len(tokens))
+        result = run_program(program, [self._stage(kind) for kind in cut.kinds], own, shared, (tokens, weights),
+                             jax.ShapeDtypeStruct(width, COMPUTE_DTYPE[config.precision]), totals=self._nothing_told(),
+                             fold=_fold)
+        return result.own_gradients[0], result.shared_gradients[0], self._of_all(result.told)
+
+    def _stage(self, layers: StageLayers) -> Stage:
+        """A kind of stage as a function."""
+        config, depth, graph = self._config, self._depth, self._graph
+
+        def stage(own: Any, shared: Any, hidden: jax.Array, micro_batch: tuple) -> tuple:
+            (weights, bias), (tokens, mtp_weight) = shared, micro_batch
+            positions_T = jnp.arange(hidden.shape[1])
+            told = self._nothing_told()
+            stats: list[RouterStats] = []
+            ahead: list[jax.Array] = []
+            if layers.first or (layers.last and depth):
+                table = nnx.merge(graph["embed_tokens"], weights["embed_tokens"])
+                embedded, *ahead = embed_with_depths(table, tokens[:, :-1], depth)
+                hidden = embedded if layers.first else hidden
+            for number in layers.dense:
+                run = layer_of(graph["dense_layers"], positions_T, config.execution)
+                hidden, _ = run(hidden, weights["dense_layers"][number])
+            for slot in layers.moe:
+                run = layer_of(graph["moe_layers"], positions_T, config.execution)
+                hidden, of_layer = run(hidden, nnx.merge_state(own[0][slot], own[1][slot]))
+                stats.append(of_layer)
+            main = mtp = jnp.zeros(())
+            if layers.last:
+                main, mtp, more = self._end(weights, bias, hidden, ahead, tokens, positions_T)
+                stats += [jax.tree.map(lambda x: x[0], of_layer) for of_layer in more]
+                hidden = jnp.zeros_like(hidden)
+            for place, of_layer in enumerate(stats):
+                at = place if place < len(layers.moe) else self._cut.slots + place - len(layers.moe)
+                told = _with_layer(told, at, of_layer)
+            losses = Losses(main, mtp, told.losses.balance)
+            total = main + mtp_weight * mtp + config.model.aux_loss_alpha * losses.balance
+            return (hidden, total), told._replace(losses=losses)
+        return stage
+
+    def _end(self, weights: Any, bias: Any, hidden: jax.Array, ahead: list[jax.Array], tokens: jax.Array,
+             positions_T: jax.Array) -> tuple[jax.Array, jax.Array, list[RouterStats]]:
+        """Losses, and statistics of the multi-token-prediction modules."""
+        config, graph = self._config, self._graph
+        normed = nnx.merge(graph["norm"], weights["norm"])(hidden)
+        previous = hidden if config.model.mtp_hidden == "pre_norm" else normed
+        modules = [nnx.merge(graphdef, weights["mtp"][k], bias["mtp"][k]) for k, graphdef in enumerate(self._mtp_graph)]
+        mtp_hidden, stats = predict_ahead(modules, previous, ahead, positions_T, config.execution)
+        head = nnx.merge(graph["lm_head"], weights["lm_head"])
+        return *prediction_losses(head, normed, mtp_hidden, tokens, self._depth), stats
+
+    def _nothing_told(self) -> Told:
+        zero = jnp.zeros(())
+        load = jnp.zeros((self._cut.slots + self._depth, self._config.model.n_routed_experts))
+        return Told(Losses(zero, zero, zero), load, jnp.zeros((), jnp.int32), Traffic(*[zero] * len(Traffic._fields)))
+
+    def _of_all(self, told: Told) -> Told:
+        """[chunks, ...] of each device -> means of losses over micro-batches, sums and maxima of the rest."""
+        cut, rank = self._cut, jax.lax.axis_index("pipe")
+        rows = self._config.model.num_moe_layers + self._depth
+        places = np.full((*cut.stages.shape, cut.slots + self._depth), rows, np.int32)
+        for (at, number) in np.ndenumerate(cut.stages):
+            stage = cut.layers[number]
+            places[at][:len(stage.moe)] = stage.moe
+            if stage.last:
+                places[at][cut.slots:] = range(rows - self._depth, rows)
+        load = jnp.zeros((rows, told.load_LE.shape[-1])).at[jnp.asarray(places)[rank]].add(told.load_LE, mode="drop")
+        everywhere = ("pipe", *BATCH_AXES)
+        losses = jax.tree.map(lambda x: jax.lax.psum(jax.lax.pmean(x.sum(), BATCH_AXES), "pipe") / self._micro_batches,
+                              told.losses)
+        return Told(losses, jax.lax.psum(load, everywhere), jax.lax.pmax(jnp.max(told.dispatch_rounds), everywhere),
+                    jax.tree.map(lambda x: jax.lax.psum(x.sum(), everywhere), told.traffic))
+
+
+def _summed(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Over devices that store the same."""
+    stored = {axis for entry in spec for axis in axes_of(entry)}
+    return jax.lax.psum(gradient, tuple(axis for axis in AXES if axis not in stored))
+
+
+def _with_layer(told: Told, at: int, stats: RouterStats) -> Told:
+    """With the statistics of one more layer, whose place among those told is `at`."""
+    return Told(told.losses._replace(balance=told.losses.balance + stats.balance_loss),
+                told.load_LE.at[at].set(stats.load_E), jnp.maximum(told.dispatch_rounds, stats.rounds),
+                jax.tree.map(lambda total, x: total + jnp.sum(x), told.traffic, stats.traffic))
+
+
+def _fold(total: Told, told: Told, micro_batch: jax.Array) -> Told:
+    del micro_batch
+    sums = jax.tree.map(jnp.add, total, told)
+    return sums._replace(dispatch_rounds=jnp.maximum(total.dispatch_rounds, told.dispatch_rounds))
