@@ -41,7 +41,7 @@ class Result(NamedTuple):
 
 def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any, micro_batches: Any,
                 hidden: jax.ShapeDtypeStruct, *, totals: Any, fold: Callable[[Any, Any, jax.Array], Any],
-                accumulate: jnp.dtype | None = None) -> Result:
+                which: jax.Array | int = 0, accumulate: jnp.dtype | None = None) -> Result:
     """Forwards and backwards of all micro-batches. Call where `pipe` is a manual axis (in a `shard_map`).
 
     Args:
@@ -49,11 +49,12 @@ def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any
       stages: one for each kind of stage.
       own: weights of this rank's stages, [chunks, ...]. Leaves that aren't floating-point have no gradient.
       shared: weights that every stage may use; each rank has all.
-      micro_batches: leaves [micro-batches, ...]; every rank has all.
+      micro_batches: leaves [micro-batches, ...]; every rank has all. There may be more than the schedule takes.
       hidden: what stages hand on.
       totals: what is told by the stages of one chunk, before any.
       fold: (total, told, micro-batch) -> total. Where a rank does no forward, it is called with zeros and any
         micro-batch.
+      which: of the program's schedules.
       accumulate: type of sums of gradients; default float32.
     """
     weights, tree = jax.tree.flatten((own, shared))
@@ -63,13 +64,13 @@ def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any
                      for shapes in (lambda kind: kind.kept, lambda kind: kind.put_off))
     told = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds[0].told)
     state = _State(
-        jnp.zeros((program.inputs + 1, *hidden.shape), hidden.dtype),
-        jnp.zeros((program.gradients + 1, *hidden.shape), hidden.dtype),
-        kept.buffers(program.stash + 1), put_off.buffers(program.put_off + 1),
+        jnp.zeros((program.slots.inputs + 1, *hidden.shape), hidden.dtype),
+        jnp.zeros((program.slots.gradients + 1, *hidden.shape), hidden.dtype),
+        kept.buffers(program.slots.stash + 1), put_off.buffers(program.slots.put_off + 1),
         {place: jnp.zeros(w.shape, accumulate or jnp.float32) for place, w in enumerate(weights)},
         jax.tree.map(lambda x: jnp.broadcast_to(x, (program.chunks, *x.shape)), totals))
     rank = jax.lax.axis_index(AXIS)
-    tables = jax.tree.map(lambda table: jnp.asarray(table)[:, rank], program.tables)
+    tables = jax.tree.map(lambda table: jnp.asarray(table)[which, :, rank].astype(jnp.int32), program.tables)
 
     def tick(now: jax.Array, state: _State) -> _State:
         row = jax.tree.map(lambda table: table[now], tables)
@@ -84,7 +85,8 @@ def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any
         return state._replace(inputs=inputs, gradients=gradients, sums=sums,
                               kept=_put(state.kept, row.forward_stash, made.kept))
     with jax.named_scope("pipeline"):
-        state = jax.lax.fori_loop(0, program.ticks, tick, state)
+        ticks = program.ticks[0] if len(program.ticks) == 1 else jnp.asarray(program.ticks)[which]
+        state = jax.lax.fori_loop(0, ticks, tick, state)
     own_sums, shared_sums = jax.tree.unflatten(tree, [state.sums[place] for place in range(len(weights))])
     return Result(own_sums, shared_sums, state.told)
 

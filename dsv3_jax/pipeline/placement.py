@@ -24,9 +24,10 @@ from dsv3_jax.pipeline.stages import StageLayers
 
 
 class Cut(NamedTuple):
-    """A schedule, and which layers its stages have."""
+    """Schedules for the same ranks, and which layers their stages have."""
 
-    schedule: Schedule
+    schedules: tuple[Schedule, ...]
+    """The first one says which stages a rank has."""
     layers: tuple[StageLayers, ...]
 
     @property
@@ -37,7 +38,8 @@ class Cut(NamedTuple):
     @property
     def stages(self) -> np.ndarray:
         """int [ranks, chunks]: the stages of each rank, ascending."""
-        return np.array([stages_of(self.schedule, rank) for rank in range(self.schedule.ranks)])
+        first = self.schedules[0]
+        return np.array([stages_of(first, rank) for rank in range(first.ranks)])
 
     @property
     def layer_RCL(self) -> np.ndarray:

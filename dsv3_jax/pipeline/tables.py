@@ -1,7 +1,8 @@
-"""A schedule as tables of numbers, [tick, rank]: what a program that is the same on all ranks looks up.
+"""Schedules as tables of numbers, [tick, rank]: what a program that is the same on all ranks looks up.
 
 All ranks step together, one slot a tick. Whatever is kept from one tick to another has a slot in a buffer; a slot is
-free again once what it held was read for the last time.
+free again once what it held was read for the last time. One program can have several schedules, such as those of
+batches of several sizes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dsv3_jax.pipeline.account import on_ticks, stages_of
@@ -16,7 +18,8 @@ from dsv3_jax.pipeline.schedule import Schedule, Work
 
 
 class Tables(NamedTuple):
-    """int32 [ticks, ranks] each, but for what says otherwise. A slot that nothing reads is the last of its buffer."""
+    """int16 [schedules, ticks, ranks] each, but for what says otherwise; schedules with fewer ticks are filled up with
+    ticks that do nothing. A slot that nothing reads is the last of its buffer."""
 
     branch: np.ndarray
     """What runs first, a place in `branches`: a forward, a backward for inputs, both or nothing."""
@@ -39,7 +42,7 @@ class Tables(NamedTuple):
     weights_stash: np.ndarray
     weights_put_off: np.ndarray
     output_arrives: np.ndarray
-    """[ticks, ranks, shifts]: slot for what comes that way at the end of a tick."""
+    """[schedules, ticks, ranks, shifts]: slot for what comes that way at the end of a tick."""
     gradient_arrives: np.ndarray
 
 
@@ -47,22 +50,25 @@ class Program(NamedTuple):
     """Tables and all that is static about them."""
 
     tables: Tables
+    ticks: tuple[int, ...]
+    """Of each schedule."""
     branches: tuple[tuple[int | None, int | None], ...]
     """(kind of the stage that goes forward, kind of the one that goes backward); None for none of that."""
     output_shifts: tuple[int, ...]
     """Ways that outputs go: rank r to r + shift, modulo the ranks; 0 stays on its rank."""
     gradient_shifts: tuple[int, ...]
-    inputs: int
-    """Slots of the buffers, besides the last."""
-    gradients: int
-    stash: int
-    put_off: int
+    slots: Slots
     chunks: int
     """Stages of a rank."""
 
-    @property
-    def ticks(self) -> int:
-        return len(self.tables.branch)
+
+class Slots(NamedTuple):
+    """Of the buffers, besides the last."""
+
+    inputs: int
+    gradients: int
+    stash: int
+    put_off: int
 
 
 class _Lifetime(NamedTuple):
@@ -75,49 +81,85 @@ class _Lifetime(NamedTuple):
     """(micro-batch, stage) of the work that reads it."""
 
 
-def make_tables(schedule: Schedule, kind_of_stage: Sequence[int]) -> Program:
-    """Tables of a checked schedule whose stages are of these kinds."""
-    cells = on_ticks(schedule)
-    done = {(part, work.micro_batch, work.stage): tick for (tick, _), slot in cells.items() for work in slot
-            for part in ("IW" if work.kind == "B" else work.kind)}
-    ticks, ranks, last = 1 + max(tick for tick, _ in cells), schedule.ranks, schedule.stages - 1
-    every = [(m, s, route[s]) for m, route in enumerate(schedule.routes) for s in range(schedule.stages)]
-    inputs = _slots(_Lifetime(r, done["F", m, s - 1], done["F", m, s], (m, s)) for m, s, r in every if s)
-    gradients = _slots(_Lifetime(r, done["I", m, s + 1], done["I", m, s], (m, s)) for m, s, r in every if s < last)
-    stash = _slots(_Lifetime(r, done["F", m, s], done["W", m, s], (m, s)) for m, s, r in every)
-    # Written before the weights' part of the same tick: busy from the tick before on.
-    put_off = _slots(_Lifetime(r, done["I", m, s] - 1, done["W", m, s], (m, s)) for m, s, r in every)
-    counts = [max(slots.values(), default=-1) + 1 for slots in (inputs, gradients, stash, put_off)]
-    shifts = {content: _shifts(schedule, content == "output") for content in ("output", "gradient")}
+class _Buffers(NamedTuple):
+    """Slots of one schedule, by (micro-batch, stage) of the work that reads them."""
 
-    def table(fill: int, *more: int) -> np.ndarray:
-        return np.full((ticks, ranks, *more), fill, np.int32)
-    tables = Tables(table(0), table(0), table(0), table(counts[0]), table(counts[2]), table(0), table(counts[1]),
-                    table(counts[2]), table(counts[3]), table(-1), table(0), table(counts[2]), table(counts[3]),
-                    table(counts[0], len(shifts["output"])), table(counts[1], len(shifts["gradient"])))
-    chunk = {(rank, stage): n for rank in range(ranks) for n, stage in enumerate(stages_of(schedule, rank))}
+    inputs: dict[tuple[int, int], int]
+    gradients: dict[tuple[int, int], int]
+    stash: dict[tuple[int, int], int]
+    put_off: dict[tuple[int, int], int]
+
+
+def make_tables(schedules: Sequence[Schedule], kind_of_stage: Sequence[int]) -> Program:
+    """Tables of checked schedules with the same ranks, and stages of these kinds.
+
+    The first schedule says which stages a rank has. The others may use fewer of them, and must not use more.
+    """
+    first = schedules[0]
+    held = [stages_of(first, rank) for rank in range(first.ranks)]
+    buffers = [_buffers(schedule) for schedule in schedules]
+    slots = Slots(*(max(max(each.values(), default=-1) for each in same) + 1 for same in zip(*buffers, strict=True)))
+    shifts = {step: tuple(sorted({shift for schedule in schedules for shift in _shifts(schedule, step)}))
+              for step in (1, -1)}
     branches: dict[tuple[int | None, int | None], int] = {(None, None): 0}
-    for at, slot in cells.items():
-        kinds: list[int | None] = [None, None]
+    ticks = tuple(1 + max(tick for tick, _ in on_ticks(schedule)) for schedule in schedules)
+    tables = _empty(len(schedules), max(ticks), first.ranks, slots, len(shifts[1]), len(shifts[-1]))
+    for number, (schedule, buffer) in enumerate(zip(schedules, buffers, strict=True)):
+        part = jax.tree.map(lambda table, n=number: table[n], tables)
+        _fill(part, schedule, buffer, kind_of_stage, held, branches, shifts)
+    return Program(tables, ticks, tuple(branches), shifts[1], shifts[-1], slots, max(map(len, held)))
+
+
+def _buffers(schedule: Schedule) -> _Buffers:
+    done = {(part, *work[1:]): tick for (tick, _), slot in on_ticks(schedule).items() for work in slot
+            for part in ("IW" if work.kind == "B" else work.kind)}
+    every = [(m, s, route[s]) for m, route in enumerate(schedule.routes) for s in range(schedule.stages)]
+    last = schedule.stages - 1
+    return _Buffers(
+        _slots(_Lifetime(r, done["F", m, s - 1], done["F", m, s], (m, s)) for m, s, r in every if s),
+        _slots(_Lifetime(r, done["I", m, s + 1], done["I", m, s], (m, s)) for m, s, r in every if s < last),
+        _slots(_Lifetime(r, done["F", m, s], done["W", m, s], (m, s)) for m, s, r in every),
+        # Written before the weights' part of the same tick: busy from the tick before on.
+        _slots(_Lifetime(r, done["I", m, s] - 1, done["W", m, s], (m, s)) for m, s, r in every))
+
+
+def _empty(schedules: int, ticks: int, ranks: int, slots: Slots, output_shifts: int, gradient_shifts: int) -> Tables:
+    """Tables in which nobody does anything."""
+    def table(fill: int, *more: int) -> np.ndarray:
+        return np.full((schedules, ticks, ranks, *more), fill, np.int16)
+    return Tables(
+        branch=table(0), forward_chunk=table(0), forward_micro_batch=table(0), forward_input=table(slots.inputs),
+        forward_stash=table(slots.stash), backward_chunk=table(0), backward_gradient=table(slots.gradients),
+        backward_stash=table(slots.stash), backward_put_off=table(slots.put_off), weights_kind=table(-1),
+        weights_chunk=table(0), weights_stash=table(slots.stash), weights_put_off=table(slots.put_off),
+        output_arrives=table(slots.inputs, output_shifts), gradient_arrives=table(slots.gradients, gradient_shifts))
+
+
+def _fill(tables: Tables, schedule: Schedule, slots: _Buffers, kind_of_stage: Sequence[int],
+          held: Sequence[Sequence[int]], branches: dict[tuple[int | None, int | None], int],
+          shifts: dict[int, tuple[int, ...]]) -> None:
+    """Writes one schedule into its tables [ticks, ranks], and pairs of kinds that are new into `branches`."""
+    for at, slot in on_ticks(schedule).items():
+        kinds: dict[str, int] = {}
         for work in slot:
-            key, own = (work.micro_batch, work.stage), chunk[at[1], work.stage]
-            kind = kind_of_stage[work.stage]
+            key, chunk, kind = work[1:], held[at[1]].index(work.stage), kind_of_stage[work.stage]
+            kinds |= dict.fromkeys("IW" if work.kind == "B" else work.kind, kind)
             if work.kind == "F":
-                kinds[0] = kind
-                _set(tables, at, forward_chunk=own, forward_micro_batch=work.micro_batch, forward_stash=stash[key],
-                     forward_input=inputs.get(key, counts[0]))
-                _arrive(tables.output_arrives, schedule, work, 1, shifts["output"], inputs, at)
+                _set(tables, at, forward_chunk=chunk, forward_micro_batch=work.micro_batch,
+                     forward_stash=slots.stash[key])
+                if key in slots.inputs:
+                    _set(tables, at, forward_input=slots.inputs[key])
+                _arrive(tables.output_arrives, schedule, work, 1, shifts[1], slots.inputs, at)
             if work.kind in "BI":
-                kinds[1] = kind
-                _set(tables, at, backward_chunk=own, backward_stash=stash[key], backward_put_off=put_off[key],
-                     backward_gradient=gradients.get(key, counts[1]))
-                _arrive(tables.gradient_arrives, schedule, work, -1, shifts["gradient"], gradients, at)
+                _set(tables, at, backward_chunk=chunk, backward_stash=slots.stash[key],
+                     backward_put_off=slots.put_off[key])
+                if key in slots.gradients:
+                    _set(tables, at, backward_gradient=slots.gradients[key])
+                _arrive(tables.gradient_arrives, schedule, work, -1, shifts[-1], slots.gradients, at)
             if work.kind in "BW":
-                _set(tables, at, weights_kind=kind, weights_chunk=own, weights_stash=stash[key],
-                     weights_put_off=put_off[key])
-        _set(tables, at, branch=branches.setdefault((kinds[0], kinds[1]), len(branches)))
-    return Program(tables, tuple(branches), shifts["output"], shifts["gradient"], counts[0], counts[1], counts[2],
-                   counts[3], max(len(stages_of(schedule, rank)) for rank in range(ranks)))
+                _set(tables, at, weights_kind=kind, weights_chunk=chunk, weights_stash=slots.stash[key],
+                     weights_put_off=slots.put_off[key])
+        _set(tables, at, branch=branches.setdefault((kinds.get("F"), kinds.get("I")), len(branches)))
 
 
 def _slots(lifetimes: Iterable[_Lifetime]) -> dict[tuple[int, int], int]:
@@ -138,12 +180,10 @@ def _set(tables: Tables, at: tuple[int, int], **values: int) -> None:
         getattr(tables, name)[at] = value
 
 
-def _shifts(schedule: Schedule, outputs: bool) -> tuple[int, ...]:
-    """Ways that outputs, or gradients, go."""
-    step = 1 if outputs else -1
-    pairs = {(route[s], route[s + step]) for route in schedule.routes for s in range(schedule.stages)
-             if 0 <= s + step < schedule.stages}
-    return tuple(sorted({(target - source) % schedule.ranks for source, target in pairs}))
+def _shifts(schedule: Schedule, step: int) -> set[int]:
+    """Ways that outputs go (step 1), or gradients (step -1)."""
+    return {(route[s + step] - route[s]) % schedule.ranks for route in schedule.routes
+            for s in range(schedule.stages) if 0 <= s + step < schedule.stages}
 
 
 def _arrive(arrives: np.ndarray, schedule: Schedule, work: Work, step: int, shifts: tuple[int, ...],

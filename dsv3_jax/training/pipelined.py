@@ -25,7 +25,7 @@ from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, predict_ahead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.pipeline.executor import Stage, run_program
 from dsv3_jax.pipeline.placement import Cut, kind_of, lay_out
-from dsv3_jax.pipeline.schedules import make
+from dsv3_jax.pipeline.schedules import fitting_sizes, make
 from dsv3_jax.pipeline.stages import StageLayers, cut_model
 from dsv3_jax.pipeline.tables import make_tables
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
@@ -43,56 +43,73 @@ class Told(NamedTuple):
 
 @functools.cache
 def cut_of(config: RunConfig) -> Cut:
-    """The schedule of a run, and what its stages have.
+    """The schedules of a run, that of the whole batch first, and what their stages have.
+
+    While a batch grows it has fewer micro-batches. What the run's schedule does not take (DualPipe an odd number, or
+    less than twice the ranks) goes by 1F1B, if the stages are as many as the ranks.
 
     Raises:
-      ConfigError: no such schedule has these ranks and micro-batches, there are fewer layers than stages, or batches
-        grow.
+      ConfigError: no such schedule has these ranks and micro-batches, or there are fewer layers than stages.
     """
-    if config.batch.ramp_from is not None:
-        raise ConfigError(f"batch.ramp_from ({config.batch.ramp_from}) must be None with mesh.pipe "
-                          f"({config.mesh.pipe}): a schedule is for one number of micro-batches")
+    batch, ranks, name = config.batch, config.mesh.pipe, config.pipeline.schedule
+    chunks = config.pipeline.chunks
     try:
-        schedule = make(config.pipeline.schedule, config.mesh.pipe, config.batch.micro_batches,
-                        chunks=config.pipeline.chunks)
+        whole = make(name, ranks, batch.micro_batches, chunks=chunks)
     except ConfigError as error:
-        raise ConfigError(f"pipeline.schedule with mesh.pipe ranks and batch.micro_batches: {error}") from error
-    return Cut(schedule, tuple(cut_model(config.model, schedule.stages)))
+        raise ConfigError(f"pipeline.schedule, mesh.pipe ({ranks} ranks) and batch.micro_batches "
+                          f"({batch.micro_batches}) do not go together: {error}") from error
+    growing = []
+    for micro_batches in _growing(config):
+        fits = fitting_sizes(name, ranks, micro_batches) == (ranks, micro_batches)
+        if not fits and (whole.stages != ranks or micro_batches < ranks):
+            least = fitting_sizes(name if whole.stages != ranks else "1f1b", ranks, 1)[1]
+            raise ConfigError(f"batch.ramp_from ({batch.ramp_from}) makes batches of {micro_batches} micro-batches, "
+                              f"too few for pipeline.schedule ({name}) on mesh.pipe ({ranks}) ranks: take "
+                              f"{least * batch.micro_batch} sequences, or None")
+        growing.append(make(name, ranks, micro_batches, chunks=chunks) if fits else make("1f1b", ranks, micro_batches))
+    return Cut((whole, *growing), tuple(cut_model(config.model, whole.stages)))
+
+
+def _growing(config: RunConfig) -> range:
+    """Numbers of micro-batches below the whole batch's that a growing batch can have."""
+    batch = config.batch
+    return range((batch.ramp_from or batch.sequences) // batch.micro_batch, batch.micro_batches)
 
 
 def pipelined_gradients(config: RunConfig, weights: nnx.State, router_bias: nnx.State, tokens: jax.Array,
-                        mtp_weight: jax.Array) -> tuple[nnx.State, Told]:
-    """Mean gradients over all micro-batches, float32, spread as weights are stored, and what micro-batches told.
+                        micro_batches: jax.Array, mtp_weight: jax.Array) -> tuple[nnx.State, Told]:
+    """Mean gradients over micro-batches, float32, spread as weights are stored, and what micro-batches told.
 
     Args:
       weights: in compute precision, spread as they are stored.
       tokens: int32 [M, b, T + 1 + depth].
+      micro_batches: int32 scalar; the first so many are used.
     """
     cut, mesh = cut_of(config), jax.sharding.get_abstract_mesh()
     stored, stored_bias = (jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
                            for state in (weights, router_bias))
-    summands = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.batch.micro_batches
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
-    def on_device(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array, mtp_weight: jax.Array
-                  ) -> tuple[nnx.State, Told]:
+    def on_device(weights: nnx.State, router_bias: nnx.State, tokens: jax.Array, micro_batches: jax.Array,
+                  mtp_weight: jax.Array) -> tuple[nnx.State, Told]:
         def laid_out(weights: nnx.State) -> tuple[Any, Any]:
             return lay_out(cut, weights, stored)
         (own, shared), (own_bias, shared_bias) = laid_out(weights), lay_out(cut, router_bias, stored_bias)
-        *gradients, told = _Stages(config, cut, len(tokens)).run((own, own_bias), (shared, shared_bias), tokens,
-                                                                 mtp_weight)
+        *gradients, told = _Stages(config, cut).run((own, own_bias), (shared, shared_bias), tokens, micro_batches,
+                                                    mtp_weight)
         in_float32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), weights)
         (parts,) = jax.linear_transpose(laid_out, in_float32)(tuple(gradients))
-        return jax.tree.map(lambda x, spec: _summed(x, spec) / summands, parts, stored), told
+        return jax.tree.map(lambda x, spec: _summed(x, spec) / (devices * micro_batches), parts, stored), told
     whole = PartitionSpec()
-    return on_each_device(on_device, (stored, stored_bias, PartitionSpec(None, BATCH_AXES), whole), (stored, whole))(
-        weights, router_bias, tokens, mtp_weight)
+    specs = stored, stored_bias, PartitionSpec(None, BATCH_AXES), whole, whole
+    return on_each_device(on_device, specs, (stored, whole))(weights, router_bias, tokens, micro_batches, mtp_weight)
 
 
 class _Stages:
     """The model's parts as stages, on one device."""
 
-    def __init__(self, config: RunConfig, cut: Cut, micro_batches: int):
-        self._config, self._cut, self._micro_batches = config, cut, micro_batches
+    def __init__(self, config: RunConfig, cut: Cut):
+        self._config, self._cut = config, cut
         self._depth = config.model.num_nextn_predict_layers
         model = nnx.eval_shape(lambda: DeepSeekV3(config.model, nnx.Rngs(0), RECIPES[config.precision]))
         self._graph = {name: nnx.split(getattr(model, name))[0] for name in ("embed_tokens", "moe_layers", "norm",
@@ -101,17 +118,23 @@ class _Stages:
             self._graph["dense_layers"] = nnx.split(model.dense_layers)[0]
         self._mtp_graph = [nnx.split(module)[0] for module in model.mtp]
 
-    def run(self, own: Any, shared: Any, tokens: jax.Array, mtp_weight: jax.Array) -> tuple[Any, Any, Told]:
+    def run(self, own: Any, shared: Any, tokens: jax.Array, micro_batches: jax.Array, mtp_weight: jax.Array
+            ) -> tuple[Any, Any, Told]:
         """(gradients of the rank's layers, [chunks, ...]; this rank's part of those of the rest; what all devices
         told together)."""
         config, cut = self._config, self._cut
-        program = make_tables(cut.schedule, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
-        width = tokens.shape[1], tokens.shape[2] - 1 - self._depth, config.model.hidden_size
-        weights = jnp.broadcast_to(mtp_weight, len(tokens))
-        result = run_program(program, [self._stage(kind) for kind in cut.kinds], own, shared, (tokens, weights),
-                             jax.ShapeDtypeStruct(width, COMPUTE_DTYPE[config.precision]), totals=self._nothing_told(),
-                             fold=_fold)
-        return result.own_gradients[0], result.shared_gradients[0], self._of_all(result.told)
+        program = make_tables(cut.schedules, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
+        shape = tokens.shape[1], tokens.shape[2] - 1 - self._depth, config.model.hidden_size
+        totals = self._nothing_told()
+        each = jnp.zeros(len(tokens))
+        whole = micro_batches == len(tokens)
+        result = run_program(
+            program, [self._stage(kind) for kind in cut.kinds], own, shared,
+            (tokens, jnp.broadcast_to(mtp_weight, len(tokens))),
+            jax.ShapeDtypeStruct(shape, COMPUTE_DTYPE[config.precision]), fold=_fold,
+            totals=totals._replace(losses=jax.tree.map(lambda x: each, totals.losses)),
+            which=jnp.where(whole, 0, 1 + micro_batches - _growing(config).start) if len(cut.schedules) > 1 else 0)
+        return result.own_gradients[0], result.shared_gradients[0], self._of_all(result.told, micro_batches)
 
     def _stage(self, layers: StageLayers) -> Stage:
         """A kind of stage as a function."""
@@ -163,8 +186,11 @@ class _Stages:
         load = jnp.zeros((self._cut.slots + self._depth, self._config.model.n_routed_experts))
         return Told(Losses(zero, zero, zero), load, jnp.zeros((), jnp.int32), Traffic(*[zero] * len(Traffic._fields)))
 
-    def _of_all(self, told: Told) -> Told:
-        """[chunks, ...] of each device -> means of losses over micro-batches, sums and maxima of the rest."""
+    def _of_all(self, told: Told, micro_batches: jax.Array) -> Told:
+        """[chunks, ...] of each device -> means of losses over micro-batches, sums and maxima of the rest.
+
+        Losses are added in the order of micro-batches, as without a pipeline.
+        """
         cut, rank = self._cut, jax.lax.axis_index("pipe")
         rows = self._config.model.num_moe_layers + self._depth
         places = np.full((*cut.stages.shape, cut.slots + self._depth), rows, np.int32)
@@ -175,8 +201,10 @@ class _Stages:
                 places[at][cut.slots:] = range(rows - self._depth, rows)
         load = jnp.zeros((rows, told.load_LE.shape[-1])).at[jnp.asarray(places)[rank]].add(told.load_LE, mode="drop")
         everywhere = ("pipe", *BATCH_AXES)
-        losses = jax.tree.map(lambda x: jax.lax.psum(jax.lax.pmean(x.sum(), BATCH_AXES), "pipe") / self._micro_batches,
-                              told.losses)
+        losses_M = jax.tree.map(lambda x: jax.lax.pmean(jax.lax.psum(x.sum(axis=0), "pipe"), BATCH_AXES), told.losses)
+        losses = jax.lax.scan(lambda total, new: (jax.tree.map(jnp.add, total, new), None),
+                              jax.tree.map(lambda x: jnp.zeros(()), losses_M), losses_M)[0]
+        losses = jax.tree.map(lambda x: x / micro_batches, losses)
         return Told(losses, jax.lax.psum(load, everywhere), jax.lax.pmax(jnp.max(told.dispatch_rounds), everywhere),
                     jax.tree.map(lambda x: jax.lax.psum(x.sum(), everywhere), told.traffic))
 
@@ -195,6 +223,8 @@ def _with_layer(told: Told, at: int, stats: RouterStats) -> Told:
 
 
 def _fold(total: Told, told: Told, micro_batch: jax.Array) -> Told:
-    del micro_batch
-    sums = jax.tree.map(jnp.add, total, told)
-    return sums._replace(dispatch_rounds=jnp.maximum(total.dispatch_rounds, told.dispatch_rounds))
+    """With what one micro-batch told; losses stay apart."""
+    return Told(
+        jax.tree.map(lambda each, new: each.at[micro_batch].add(new), total.losses, told.losses),
+        total.load_LE + told.load_LE, jnp.maximum(total.dispatch_rounds, told.dispatch_rounds),
+        jax.tree.map(jnp.add, total.traffic, told.traffic))

@@ -56,7 +56,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
              settings: StepSettings) -> tuple[TrainState, StepMetrics]:
         if config.mesh.pipe > 1:
             grads, told = pipelined_gradients(config, compute_weights(state.params, config.precision),
-                                              state.router_bias, tokens, settings.mtp_weight)
+                                              state.router_bias, tokens, micro_batches, settings.mtp_weight)
         else:
             weights = weights_for_compute(state.params, config)
 

@@ -76,7 +76,7 @@ def in_turn(kinds, own, shared, data):
 
 def in_pipeline(schedule, kinds, own, shared, data):
     """The same by the schedule's ranks."""
-    program = make_tables(schedule, kinds)
+    program = make_tables([schedule], kinds)
     stages = np.array([stages_of(schedule, rank) for rank in range(schedule.ranks)])
     mesh = Mesh(np.array(jax.devices()[:schedule.ranks]), ("pipe",), axis_types=(AxisType.Auto,))
 

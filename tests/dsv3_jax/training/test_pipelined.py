@@ -1,0 +1,137 @@
+"""A step in a pipeline is the step of one device: losses to the bit, weights within the order of sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig, PipelineConfig
+from dsv3_jax.mesh import batch_sharding, make_mesh
+from dsv3_jax.presets import MODELS, RUNS
+from dsv3_jax.training.checkpoint import named_leaves
+from dsv3_jax.training.pipelined import cut_of
+from dsv3_jax.training.schedule import StepSettings
+from dsv3_jax.training.state import init_state, state_shardings
+from dsv3_jax.training.step import compile_train_step
+
+TINY = MODELS["tiny"]
+# A dense layer, a MoE layer, a prediction module: two stages that differ, each with several parts.
+TWO_STAGES = dataclasses.replace(TINY, num_hidden_layers=2)
+FOUR_LAYERS = dataclasses.replace(TINY, num_hidden_layers=4)
+MICRO_BATCHES = 8
+RUN = dataclasses.replace(
+    RUNS["tiny"], model=TWO_STAGES, recompute="none",
+    batch=BatchConfig(sequences=4 * MICRO_BATCHES, sequence_length=16, micro_batches=MICRO_BATCHES))
+
+
+@functools.cache
+def first_state(model):
+    """As NumPy."""
+    config = dataclasses.replace(RUN, model=model)
+    return jax.tree.map(np.asarray, init_state(config, make_mesh(MeshConfig(data=1), jax.devices()[:1])))
+
+
+@functools.cache
+def steps(config, used=MICRO_BATCHES):
+    """Metrics of two steps, and the state after them by name, as NumPy."""
+    mesh = config.mesh
+    mesh = make_mesh(config.mesh, jax.devices()[:mesh.pipe * mesh.data * mesh.expert_parallel])
+    step = compile_train_step(config, mesh)
+    state = jax.device_put(first_state(config.model), state_shardings(config, mesh))
+    columns = config.batch.sequence_length + 1 + config.model.num_nextn_predict_layers
+    tokens = np.random.default_rng(0).integers(0, 320, (MICRO_BATCHES, config.batch.micro_batch, columns))
+    tokens = jax.device_put(tokens.astype(np.int32), batch_sharding(mesh, leading=1))
+    told = []
+    for _ in range(2):
+        state, metrics = step(state, tokens, jnp.int32(used), StepSettings(*map(jnp.float32, (3e-3, 1e-2, 0.3))))
+        told.append(jax.tree.map(np.asarray, metrics))
+    return told, {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+
+
+def of_one_device(config):
+    return dataclasses.replace(config, mesh=MeshConfig(data=1), pipeline=PipelineConfig())
+
+
+def in_pipeline(schedule, ranks, model=TWO_STAGES, **mesh):
+    return dataclasses.replace(RUN, model=model, mesh=MeshConfig(pipe=ranks, data=1, **mesh),
+                               pipeline=PipelineConfig(schedule))
+
+
+def assert_same(got, want, *, losses: float, weights: float):
+    """Of (metrics, state): losses within that share of them, weights after two steps within that of a unit; choices of
+    experts and what follows from them are the same."""
+    for one, other in zip(got[0], want[0], strict=True):
+        for field in ("main", "mtp", "balance"):
+            np.testing.assert_allclose(getattr(one.losses, field), getattr(other.losses, field), rtol=losses)
+        np.testing.assert_array_equal(one.load_LE, other.load_LE)
+        # Sums of squares of many thousand gradients.
+        np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-5)
+    for name, value in want[1].items():
+        if name.startswith("router_bias"):
+            np.testing.assert_array_equal(got[1][name], value, err_msg=name)
+        elif name.startswith("params"):
+            np.testing.assert_allclose(got[1][name], value, atol=weights, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "model"), [
+    ("dualpipe", 2, TWO_STAGES),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("gpipe", 2, TWO_STAGES), ("1f1b", 2, TWO_STAGES), ("zb1p", 4, FOUR_LAYERS), ("dualpipe", 4, FOUR_LAYERS),
+        ("interleaved", 2, FOUR_LAYERS), ("dualpipev", 2, FOUR_LAYERS)])],
+    ids=lambda value: None if isinstance(value, int | str) else f"{value.num_hidden_layers} layers")
+def test_a_step_is_that_of_one_device(schedule, ranks, model):
+    """With MoE, multi-token prediction, biases and both optimizer moments. Gradients differ by the order of sums, which
+    Adam's first steps amplify where a gradient is near zero."""
+    config = in_pipeline(schedule, ranks, model)
+    assert_same(steps(config), steps(of_one_device(config)), losses=0, weights=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "fp8"])
+@pytest.mark.parametrize("recompute", ["experts", "paper"])
+def test_experts_are_spread_in_each_stage(precision, recompute):
+    """Over two nodes of two devices. On that mesh without a pipeline float8 rounds the same."""
+    config = dataclasses.replace(in_pipeline("dualpipe", 2, scale_out=2, scale_up=2), precision=precision,
+                                 recompute=recompute)
+    plain = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=1), recompute="none")
+    got, want = steps(config), steps(plain)
+    assert_same(got, want, losses=1e-6, weights=1e-4 if precision == "float32" else 2e-3)
+    assert all(float(a) == float(b) for a, b in zip(got[0][0].traffic, want[0][0].traffic, strict=True))
+
+
+@pytest.mark.slow
+def test_growing_batches_have_schedules_of_their_own():
+    """Three micro-batches of eight go by 1F1B, DualPipe takes even numbers from four; the same program."""
+    config = in_pipeline("dualpipe", 2)
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, ramp_from=12, ramp_until=0.5))
+    assert [schedule.name for schedule in cut_of(config).schedules] == [
+        "dualpipe", "1f1b", "dualpipe", "1f1b", "dualpipe", "1f1b"]
+    for used in (3, 6, 8):
+        assert_same(steps(config, used), steps(of_one_device(config), used), losses=0, weights=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"mesh": MeshConfig(pipe=3)}, ["mesh.pipe (3 ranks)", "batch.micro_batches (8)", "even", "take 4"]),
+    ({"mesh": MeshConfig(pipe=8)}, ["batch.micro_batches (8)", "at least twice the ranks (8)", "take 16"]),
+    ({"mesh": MeshConfig(pipe=4)}, ["mesh.pipe (4 stages) must be at most 3"]),
+    ({"mesh": MeshConfig(pipe=4), "model": FOUR_LAYERS,
+      "batch": dataclasses.replace(RUN.batch, ramp_from=8, ramp_until=0.5)},
+     ["batch.ramp_from (8)", "2 micro-batches", "take 16 sequences"]),
+    ({"mesh": MeshConfig(pipe=2), "pipeline": PipelineConfig("dualpipe", chunks=2)}, ["interleaved alone"]),
+], ids=["odd ranks", "few micro-batches", "few layers", "small first batch", "chunks"])
+def test_what_cannot_run_says_what_to_change(changes, says):
+    with pytest.raises(ConfigError) as error:
+        cut_of(dataclasses.replace(RUN, **changes))
+    assert all(part in str(error.value) for part in says), error.value
+
+
+def test_meshes_that_pipelines_do_not_take():
+    with pytest.raises(ConfigError, match=r"mesh.context \(2\) must be 1 with mesh.pipe \(2\)"):
+        MeshConfig(pipe=2, context=2)
+    with pytest.raises(ConfigError, match=r"mesh.zero \(full\) must be zero1 with mesh.pipe \(2\)"):
+        MeshConfig(pipe=2, zero="full")
