@@ -36,6 +36,7 @@ from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import check_batch
 from dsv3_jax.nn.moe import expert_tile
+from dsv3_jax.training.pipelined import cut_of
 from dsv3_jax.training.step import compile_train_step
 
 PASSES = ("forward", "recomputation", "backward", "other")
@@ -164,9 +165,11 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
 
 
 def checked_mesh(config: RunConfig, pod: Pod) -> Mesh:
-    """The mesh, if a micro-batch divides over its devices; `ConfigError` otherwise."""
+    """The mesh, if a micro-batch divides over its devices, and a pipeline has a schedule; `ConfigError` otherwise."""
     mesh = pod_mesh(pod, config.mesh)
     check_batch(config.batch, mesh)
+    if config.mesh.pipe > 1:
+        cut_of(config)
     return mesh
 
 

@@ -33,6 +33,7 @@ from dsv3_jax.training.batches import Batches
 from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
 from dsv3_jax.training.evaluate import Evaluator
 from dsv3_jax.training.metrics import RunLog, Say, check_finite, duration, step_line, step_record
+from dsv3_jax.training.pipelined import cut_of
 from dsv3_jax.training.schedule import Position, StepSettings, walk
 from dsv3_jax.training.state import TrainState, init_state, init_state_from
 from dsv3_jax.training.step import StepMetrics, compile_train_step
@@ -62,6 +63,8 @@ class Trainer:
         self.say: Say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(config.mesh)
         check_batch(config.batch, self.mesh)
+        if config.mesh.pipe > 1:
+            cut_of(config)  # raises what a pipeline can't run
         self._weights = None if init_from is None else open_weights(init_from, config.model)
         open_run_folder(run_dir, config)
         self.data: TokenData = prepare(config.data, config.model.vocab_size, config.seed, self.say)
@@ -95,7 +98,7 @@ class Trainer:
         self.evaluator = (Evaluator(self.config, self.mesh, self.data.validation)
                           if len(self.data.validation.tokens) else None)
         self.generator = Generator(self.config.model, self.mesh, precision=self.config.precision,
-                                   spread=self.config.mesh.zero == "full")
+                                   spread=self.config.mesh.zero == "full" or self.config.mesh.pipe > 1)
         runtime.wait_for_processes("step is compiled")
         compile_seconds = time.perf_counter() - compiling
         self.say(f"compiling ... done in {compile_seconds:.1f} s")
@@ -261,6 +264,7 @@ class Trainer:
         self.say(f"dsv3_jax on jax {jax.__version__}, {devices.size} {first.platform} device(s) ({first.device_kind}), "
                  f"{jax.process_count()} process(es)")
         self.say("mesh " + " ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+                 + (f" schedule={config.pipeline.schedule}" if config.mesh.pipe > 1 else "")
                  + f" zero={config.mesh.zero} precision={config.precision} recompute={config.recompute}")
         self.say(f"parameters {count.main + count.mtp:,} total ({count.mtp:,} in multi-token prediction), "
                  f"{count.activated:,} activated in the main model")
