@@ -282,6 +282,13 @@ class PipelineConfig:
     dualpipev does so without the second copy, on twice as many stages."""
     chunks: int | None = None
     """Stages of each rank with the schedule interleaved; None: 2."""
+    put_off: int | None = None
+    """The most backwards whose weights' part a rank keeps for later, in zb1p, dualpipe and dualpipev; None: as many as
+    the schedule has. Each keeps inputs and gradients of all products of a stage; 0 keeps none, for longer waits."""
+
+    def __post_init__(self) -> None:
+        _require(self.put_off is None or self.put_off >= 0,
+                 f"pipeline.put_off ({self.put_off}) must not be negative: take 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

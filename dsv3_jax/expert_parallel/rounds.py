@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import FAST_AXES
-from dsv3_jax.precision.deferral import all_at_once
+from dsv3_jax.precision.deferral import all_at_once, is_split, later
 
+Arrays = tuple[jax.Array, ...]
 OneRound = Callable[..., tuple[jax.Array, jax.Array]]
-"""(experts_TK, *arrays) -> (float32 [T, D], what the choices in experts_TK contribute; float32 scalar, choices that
-reached their experts on this device). -1 is no choice."""
+"""(experts_TK, *activations, *weights) -> (float32 [T, D], what the choices in experts_TK contribute; float32 scalar,
+choices that reached their experts on this device). -1 is no choice."""
 
 
 class Quota(NamedTuple):
@@ -125,19 +126,20 @@ def _before(count_TN: jax.Array) -> jax.Array:
     return jnp.cumsum(count_TN, axis=0, dtype=jnp.int32) - count_TN
 
 
-def in_rounds(one_round: OneRound, experts_TK: jax.Array, arrays: tuple[jax.Array, ...], topology: Topology,
+def in_rounds(one_round: OneRound, experts_TK: jax.Array, activations: Arrays, weights: Arrays, topology: Topology,
               quota: Quota) -> tuple[jax.Array, jax.Array, Rounds]:
-    """The sums of both results of `one_round(choices of the round, *arrays)` over all rounds, and which those are.
+    """The sums of both results of `one_round(choices of the round, *activations, *weights)` over all rounds, and which
+    those are.
 
-    The first can be differentiated in all `arrays`. `one_round` must not close over traced values. Where one round
-    takes any routing, no loop is compiled.
+    The first can be differentiated in all arrays. `one_round` must not close over traced values. Where one round takes
+    any routing, no loop is compiled.
     """
     if quota.is_never_exceeded(topology, *experts_TK.shape):
         only = Rounds(jnp.where(experts_TK >= 0, 0, -1), jnp.ones((), jnp.int32))
-        return *one_round(experts_TK, *arrays), only
+        return *one_round(experts_TK, *activations, *weights), only
     plan = assign_rounds(experts_TK, topology, quota)
-    first = one_round(_choices_of(0, experts_TK, plan), *arrays)
-    return *_add_further_rounds(one_round, first, experts_TK, plan, arrays), plan
+    first = one_round(_choices_of(0, experts_TK, plan), *activations, *weights)
+    return *_add_further_rounds(one_round, first, experts_TK, plan, activations, weights), plan
 
 
 def _choices_of(index: jax.Array | int, experts_TK: jax.Array, plan: Rounds) -> jax.Array:
@@ -146,39 +148,60 @@ def _choices_of(index: jax.Array | int, experts_TK: jax.Array, plan: Rounds) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _add_further_rounds(one_round: OneRound, first: tuple[jax.Array, jax.Array], experts_TK: jax.Array, plan: Rounds,
-                        arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+                        activations: Arrays, weights: Arrays) -> tuple[jax.Array, jax.Array]:
     """The results of the first round plus those of rounds 1, 2, ... of the plan."""
     def add(carry: tuple[jax.Array, tuple]) -> tuple[jax.Array, tuple]:
         index, total = carry
-        return index + 1, jax.tree.map(jnp.add, total, one_round(_choices_of(index, experts_TK, plan), *arrays))
+        new = one_round(_choices_of(index, experts_TK, plan), *activations, *weights)
+        return index + 1, jax.tree.map(jnp.add, total, new)
     with jax.named_scope("further_rounds"):
         return jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, add, (jnp.int32(1), first))[1]
 
 
 def _forward(one_round: OneRound, first: tuple[jax.Array, jax.Array], experts_TK: jax.Array, plan: Rounds,
-             arrays: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    return _add_further_rounds(one_round, first, experts_TK, plan, arrays), (experts_TK, plan, arrays)
+             activations: Arrays, weights: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    out = _add_further_rounds(one_round, first, experts_TK, plan, activations, weights)
+    return out, (experts_TK, plan, activations, weights)
 
 
 def _backward(one_round: OneRound, saved: tuple, grads: tuple[jax.Array, jax.Array]) -> tuple:
-    (experts_TK, plan, arrays), (grads_TD, _) = saved, grads
+    needed = *saved, grads[0]
+    if not is_split():
+        return grads, None, None, *_further_gradients(one_round, needed, (True, True))
+    # What gradients of weights take is kept for later, instead of gradients as large as all experts; further rounds,
+    # if there are any, go both times.
+    d_activations, _ = _further_gradients(one_round, needed, (True, False))
+    _, d_weights = _further_gradients(one_round, later(needed), (False, True))
+    return grads, None, None, d_activations, d_weights
 
-    def add(carry: tuple[jax.Array, tuple]) -> tuple[jax.Array, tuple]:
+
+def _further_gradients(one_round: OneRound, needed: tuple, wanted: tuple[bool, bool]) -> tuple[Arrays, Arrays]:
+    """Of activations and of weights, as far as wanted, from rounds 1, 2, ... of the plan.
+
+    Args:
+      needed: what `_forward` keeps, and the gradient of the output.
+    """
+    experts_TK, plan, activations, weights, grads_TD = needed
+    groups = tuple(group if is_wanted else () for group, is_wanted in zip((activations, weights), wanted, strict=True))
+
+    def add(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         index, total = carry
-        chosen = _choices_of(index, experts_TK, plan)
+
+        def out(groups: tuple[Arrays, Arrays]) -> jax.Array:
+            return one_round(_choices_of(index, experts_TK, plan), *(groups[0] or activations),
+                             *(groups[1] or weights))[0]
         with all_at_once():
-            own = jax.vjp(lambda *arrays: one_round(chosen, *arrays)[0], *arrays)[1](grads_TD)
+            (own,) = jax.vjp(out, groups)[1](grads_TD)
         return index + 1, jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, own)
 
-    def further() -> tuple[jax.Array, ...]:
-        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in arrays)
+    def further() -> tuple[Arrays, Arrays]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), groups)
         with jax.named_scope("further_rounds"):
             _, total = jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, add, (jnp.int32(1), zeros))
-        return tuple(g.astype(x.dtype) for g, x in zip(total, arrays, strict=True))
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), total, groups)
 
     # With one round, the usual case, the float32 sums of all expert matrices are not even written.
-    d_arrays = jax.lax.cond(plan.rounds > 1, further, lambda: tuple(jnp.zeros_like(x) for x in arrays))
-    return grads, None, None, d_arrays
+    return jax.lax.cond(plan.rounds > 1, further, lambda: jax.tree.map(jnp.zeros_like, groups))
 
 
 _add_further_rounds.defvjp(_forward, _backward)

@@ -81,8 +81,8 @@ def _routed_ffn(hidden_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.
     tile = expert_tile(experts_TK.size / topology.experts_per_device) if recipe.up is None else GROUP_ALIGNMENT
     one_round = functools.partial(_one_round, topology=topology, recipe=recipe, wire=wire_of(recipe, execution),
                                   quota=quota, tile=tile)
-    arrays = (hidden_TD, weights_BTK.reshape(-1, top_k), gate_up_EDF, down_EFD)
-    out_TD, delivered, plan = in_rounds(one_round, experts_TK, arrays, topology, quota)
+    activations, weights = (hidden_TD, weights_BTK.reshape(-1, top_k)), (gate_up_EDF, down_EFD)
+    out_TD, delivered, plan = in_rounds(one_round, experts_TK, activations, weights, topology, quota)
     sent = jax.tree.map(lambda x: x[None], traffic(experts_TK, plan.round_TK, delivered, topology))
     return out_TD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape), plan.rounds[None], sent
 

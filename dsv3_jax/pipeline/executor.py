@@ -66,7 +66,7 @@ def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any
     state = _State(
         jnp.zeros((program.slots.inputs + 1, *hidden.shape), hidden.dtype),
         jnp.zeros((program.slots.gradients + 1, *hidden.shape), hidden.dtype),
-        kept.buffers(program.slots.stash + 1), put_off.buffers(program.slots.put_off + 1),
+        kept.buffers(program.slots.stash), put_off.buffers(program.slots.put_off),
         {place: jnp.zeros(w.shape, accumulate or jnp.float32) for place, w in enumerate(weights)},
         jax.tree.map(lambda x: jnp.broadcast_to(x, (program.chunks, *x.shape)), totals))
     rank = jax.lax.axis_index(AXIS)

@@ -214,6 +214,34 @@ def make(name: str, ranks: int, micro_batches: int, *, chunks: int | None = None
     return schedule
 
 
+def with_fewer_put_off(schedule: Schedule, most: int) -> Schedule:
+    """The schedule where no rank puts the weights' part of more than `most` backwards off at once: what would be one
+    more is a whole backward. Less is kept, and ranks wait longer."""
+    ranks: list[tuple[Slot, ...]] = []
+    for slots in schedule.slots:
+        put_off: set[tuple[int, int]] = set()
+        whole: set[tuple[int, int]] = set()
+        kept: list[Slot] = []
+        for slot in slots:
+            new: list[Work] = []
+            for work in slot:
+                key = (work.micro_batch, work.stage)
+                if work.kind == "I" and len(put_off) >= most:
+                    whole.add(key)
+                    work = work._replace(kind="B")
+                elif work.kind == "I":
+                    put_off.add(key)
+                elif work.kind == "W" and key in whole:
+                    continue
+                put_off -= {key} if work.kind == "W" else set()
+                new.append(work)
+            kept += [tuple(new)] if new else []
+        ranks.append(tuple(kept))
+    fewer = schedule._replace(slots=tuple(ranks))
+    check(fewer)
+    return fewer
+
+
 def _multiple(number: int, of: int) -> int:
     """The least multiple that is no less."""
     return -(-number // of) * of

@@ -1,7 +1,8 @@
 """Marks the part of a backward that computes gradients of weights, for pipelines that do it later (zero bubble).
 
-A linear layer's backward passes what it needs for the weight through `later`, which is the identity. `split` cuts a
-backward there: what depends on marked values runs in the second part, all else in the first.
+A linear layer's backward passes what it needs for the weight through `later`. `split` cuts a backward there: what
+depends on marked values runs in the second part, all else in the first. In a backward that nobody splits `later` does
+nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax._src.interpreters.partial_eval import dce_jaxpr, partial_eval_jaxpr_cus
 from jax.extend.core import ClosedJaxpr, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import batching, mlir, partial_eval
 
-_marking = contextvars.ContextVar("marking", default=True)
+_marking = contextvars.ContextVar("marking", default=False)
 
 _later = Primitive("later")
 _later.def_impl(lambda x: x)
@@ -39,14 +40,29 @@ def later(values: Any) -> Any:
     return jax.tree.map(_later.bind, values) if _marking.get() else values
 
 
+def is_split() -> bool:
+    """Whether what is traced now will be cut at marks."""
+    return _marking.get()
+
+
 @contextlib.contextmanager
-def all_at_once() -> Iterator[None]:
-    """What is traced inside marks nothing: loops, which can't be cut, would run twice."""
-    token = _marking.set(False)
+def _mark(marking: bool) -> Iterator[None]:
+    token = _marking.set(marking)
     try:
         yield
     finally:
         _marking.reset(token)
+
+
+def all_at_once() -> contextlib.AbstractContextManager[None]:
+    """What is traced inside marks nothing: loops, which can't be cut, would run twice."""
+    return _mark(False)
+
+
+def _is_kept(primitive: Primitive, *operands: Any, **_: Any) -> bool:
+    """Whether the second part gets what the first computed, or computes it again: constants are not worth keeping."""
+    is_constant = primitive.name == "iota" or (primitive.name == "broadcast_in_dim" and operands[0].ndim == 0)
+    return not is_constant
 
 
 class Halves(NamedTuple):
@@ -64,16 +80,18 @@ class Halves(NamedTuple):
 
 def split(function: Callable[..., Sequence[jax.Array]], *inputs: jax.Array | jax.ShapeDtypeStruct) -> Halves:
     """Cuts `function`, of these shapes, where it passes values through `later`."""
-    traced = jax.make_jaxpr(function)(*inputs)
+    with _mark(True):
+        traced = jax.make_jaxpr(function)(*inputs)
     whole, none = traced.jaxpr, [False] * len(inputs)
-    first, second, is_late, is_in_second, _ = partial_eval_jaxpr_custom(whole, none, none, False, False,
-                                                                        lambda *_, **__: True)
+    first, second, is_late, is_in_second, _ = partial_eval_jaxpr_custom(whole, none, none, False, False, _is_kept)
     second, read = dce_jaxpr(second, [late for late, there in zip(is_late, is_in_second, strict=True) if there])
     early = len(whole.outvars) - sum(is_late)
-    carried = [var for var, is_read in zip(first.outvars[early:], read, strict=True) if is_read]
+    passed_on = _passed_on(first)
+    candidates = [passed_on.get(var, var) for var in first.outvars[early:]]
+    carried = [var for var, is_read in zip(candidates, read, strict=True) if is_read]
     places = {var: index for index, var in enumerate(whole.invars)}
     from_first = [True] * early + [is_read and var not in places
-                                   for var, is_read in zip(first.outvars[early:], read, strict=True)]
+                                   for var, is_read in zip(candidates, read, strict=True)]
     first, used = dce_jaxpr(first, from_first)
     run_first, run_second = (jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts)) for jaxpr in (first, second))
 
@@ -86,3 +104,19 @@ def split(function: Callable[..., Sequence[jax.Array]], *inputs: jax.Array | jax
         return run_second(*(next(given) if var in places else next(own) for var in carried))
     return Halves(first_part, second_part, tuple(i for i, late in enumerate(is_late) if not late),
                   tuple(places[var] for var in carried if var in places))
+
+
+def _passed_on(jaxpr: Any) -> dict[Any, Any]:
+    """Results of recomputed functions that are their own arguments, which partial evaluation hands through: variable ->
+    where it comes from."""
+    sources: dict[Any, Any] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("checkpoint", "remat", "remat2"):
+            inner = equation.params["jaxpr"]
+            arguments, inside = dict(zip(inner.invars, equation.invars, strict=True)), _passed_on(inner)
+            for outer, result in zip(equation.outvars, inner.outvars, strict=True):
+                if isinstance(result, Var):
+                    source = arguments.get(inside.get(result, result))
+                    if isinstance(source, Var):
+                        sources[outer] = sources.get(source, source)
+    return sources

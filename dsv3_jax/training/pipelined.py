@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, on_each_device, shardings
-from dsv3_jax.nn.block import layer_of
+from dsv3_jax.nn.block import layer_of, recomputed
 from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, predict_ahead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.pipeline.executor import Stage, run_program
 from dsv3_jax.pipeline.placement import Cut, kind_of, lay_out
-from dsv3_jax.pipeline.schedules import fitting_sizes, make
+from dsv3_jax.pipeline.schedules import fitting_sizes, make, with_fewer_put_off
 from dsv3_jax.pipeline.stages import StageLayers, cut_model
 from dsv3_jax.pipeline.tables import make_tables
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
@@ -67,7 +67,10 @@ def cut_of(config: RunConfig) -> Cut:
                               f"too few for pipeline.schedule ({name}) on mesh.pipe ({ranks}) ranks: take "
                               f"{least * batch.micro_batch} sequences, or None")
         growing.append(make(name, ranks, micro_batches, chunks=chunks) if fits else make("1f1b", ranks, micro_batches))
-    return Cut((whole, *growing), tuple(cut_model(config.model, whole.stages)))
+    schedules = [whole, *growing]
+    if config.pipeline.put_off is not None:
+        schedules = [with_fewer_put_off(schedule, config.pipeline.put_off) for schedule in schedules]
+    return Cut(tuple(schedules), tuple(cut_model(config.model, whole.stages)))
 
 
 def _growing(config: RunConfig) -> range:
@@ -159,7 +162,8 @@ class _Stages:
                 stats.append(of_layer)
             main = mtp = jnp.zeros(())
             if layers.last:
-                main, mtp, more = self._end(weights, bias, hidden, ahead, tokens, positions_T)
+                end = recomputed(self._end, config.recompute)
+                main, mtp, more = end(weights, bias, hidden, ahead, tokens, positions_T)
                 stats += [jax.tree.map(lambda x: x[0], of_layer) for of_layer in more]
                 hidden = jnp.zeros_like(hidden)
             for place, of_layer in enumerate(stats):

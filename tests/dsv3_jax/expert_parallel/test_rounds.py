@@ -86,7 +86,7 @@ def _program(data: int, scale_out: int, scale_up: int, factor: float):
     def run(experts, *arrays):
         quota = _quota(topology, factor)
         one_round = functools.partial(_one_round, topology=topology, quota=quota)
-        out, delivered, plan = in_rounds(one_round, experts, arrays, topology, quota)
+        out, delivered, plan = in_rounds(one_round, experts, arrays[:2], arrays[2:], topology, quota)
         return out, jnp.stack([plan.rounds, delivered.astype(jnp.int32)])[None]
     tokens, owners = P(("data", "scale_out", "scale_up")), P(("scale_out", "scale_up"))
     devices = data * scale_out * scale_up
