@@ -36,7 +36,8 @@ from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh import check_batch
 from dsv3_jax.nn.moe import expert_tile
-from dsv3_jax.training.pipelined import cut_of
+from dsv3_jax.pipeline.executor import FIRST_PART, LAST_PART
+from dsv3_jax.training.pipelined import cut_of, program_of
 from dsv3_jax.training.step import compile_train_step
 
 PASSES = ("forward", "recomputation", "backward", "other")
@@ -180,10 +181,13 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
     tokens = batch.sequences * batch.sequence_length / mesh.size
     # Loops whose length is known at run time only: with experts evenly loaded there is one round of dispatch, and the
     # grouped products that no kernel serves go through their rows tile by tile.
-    rows = tokens / batch.micro_batches * config.model.num_experts_per_tok
+    # Ranks of a pipeline each see all tokens, in their own layers; figures are means over ranks.
+    at_once = tokens / batch.micro_batches * config.mesh.pipe
+    rows = at_once * config.model.num_experts_per_tok
     tile = expert_tile(rows * config.mesh.expert_parallel / config.model.n_routed_experts)
-    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile})
-    flops = _flops(walk, config, tokens / batch.micro_batches)
+    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile},
+                _choices(config))
+    flops = _flops(walk, config, at_once)
     peak_rate = {form: kind.peak_flops.get(form, kind.peak_flops["bf16"]) for form in ("bf16", "fp8")}
     compute = sum(flops.by_format[form] / peak_rate[form] for form in flops.by_format)
     found = collectives(walk, layout_of(pod, mesh))
@@ -213,6 +217,14 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
         scheduled_seconds=scheduled, mfu_floor=model * tokens / peak_rate["bf16"] / floor,
         mfu_scheduled=model * tokens / peak_rate["bf16"] / scheduled, counted_once=walk.unknown,
         versions=_versions(pod))
+
+
+def _choices(config: RunConfig) -> dict[str, list[float]]:
+    """How often the parts of a pipeline's tick take which branch."""
+    if config.mesh.pipe == 1:
+        return {}
+    first, last = program_of(cut_of(config)).shares()
+    return {FIRST_PART: first, LAST_PART: last}
 
 
 def _versions(pod: Pod) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 DTYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
@@ -196,13 +196,16 @@ class Walk:
       program: what to walk.
       loops: executions of loops whose length is known only at run time, by the named scope they stand in:
         `{"micro_batches": 15}` for a loop traced inside `jax.named_scope("micro_batches")`.
+      choices: executions of each branch of conditionals, for one of the conditional, by the named scope that they stand
+        in directly; all branches of others count as run.
 
     Attributes:
       unknown: op_names of loops of varying length that no scope names; their bodies count once.
     """
 
-    def __init__(self, program: Program, loops: Mapping[str, float]):
-        self.program, self.loops = program, dict(loops)
+    def __init__(self, program: Program, loops: Mapping[str, float],
+                 choices: Mapping[str, Sequence[float]] | None = None):
+        self.program, self.loops, self.choices = program, dict(loops), dict(choices or {})
         self.unknown: list[str] = []
 
     def trips(self, computation: Computation, loop: Instruction) -> float:
@@ -223,8 +226,10 @@ class Walk:
         if instruction.opcode == "while":
             return [(name, self.trips(computation, instruction)) for name in instruction.called("body")]
         if instruction.opcode == "conditional":
-            return [(name, 1) for name in instruction.called("branch_computations", "true_computation",
-                                                             "false_computation")]
+            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            scope = re.search(r"(\w+)/cond$", instruction.op_name)
+            shares = self.choices.get(scope.group(1), []) if scope else []
+            return list(zip(branches, shares if len(shares) == len(branches) else [1] * len(branches), strict=True))
         if instruction.opcode in ("fusion", "call", "async-start"):
             return [(name, 1) for name in instruction.called("calls", "to_apply")]
         return []

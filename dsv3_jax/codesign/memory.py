@@ -25,6 +25,7 @@ from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from dsv3_jax.inference.cache import CacheFormat, bytes_per_token, cached_entries
 from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, mesh_shape, shardings
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
+from dsv3_jax.training.pipelined import cut_of
 from dsv3_jax.training.state import abstract_state
 
 
@@ -44,22 +45,34 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 def state_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes of one device that follow from the layout: master weights, optimizer and average, which last; and weights
     in the type they are computed with and summed gradients, which a step makes. Compute weights are the whole model's:
-    with mesh.zero "full" still spread, else gathered."""
+    with mesh.zero "full" still spread, else gathered; or of a pipeline those of a rank, with room for the MoE layers of
+    the stages that have most, and gradients are then summed whole."""
     state = abstract_state(config, mesh)
 
     def held(tree: Any) -> int:
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                    for leaf in jax.tree.leaves(tree))
     in_use = shardings(state.params, mesh, STORAGE if config.mesh.zero == "full" else COMPUTE)
+    places = _moe_places(config)
     compute = gradients = 0
-    for (_, variable), (_, use) in zip(nnx.to_flat_state(state.params), nnx.to_flat_state(in_use), strict=True):
+    for (path, variable), (_, use) in zip(nnx.to_flat_state(state.params), nnx.to_flat_state(in_use), strict=True):
         weight = variable.get_value()
         size = 4 if config.precision == "float32" or variable.get_metadata("float32") else 2
-        compute += size * math.prod(use.get_value().shard_shape(weight.shape))
-        if config.batch.micro_batches > 1:
+        whole = math.prod(use.get_value().shard_shape(weight.shape))
+        if places is not None and path[0] == "moe_layers":
+            whole = whole * places // weight.shape[0]
+        compute += size * whole
+        if places is not None:
+            gradients += 4 * whole
+        elif config.batch.micro_batches > 1:
             gradients += 4 * math.prod(weight.sharding.shard_shape(weight.shape))
     return {"weights": held(state.params), "optimizer": held(state.optimizer), "average": held(state.ema),
             "compute_weights": compute, "summed_gradients": gradients}
+
+
+def _moe_places(config: RunConfig) -> int | None:
+    """MoE layers that a rank of the pipeline has room for; None without one."""
+    return math.prod(cut_of(config).layer_RCL.shape[1:]) if config.mesh.pipe > 1 else None
 
 
 class TrainingMemory(NamedTuple):

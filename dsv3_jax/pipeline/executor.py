@@ -20,6 +20,8 @@ from dsv3_jax.pipeline.tables import Program
 from dsv3_jax.precision.deferral import Halves, split
 
 AXIS = "pipe"
+LOOP, FIRST_PART, LAST_PART = "pipeline", "first_part", "last_part"
+"""Names in the program of the loop over ticks, and of the choices that the parts of a tick make."""
 
 Stage = Callable[[Any, Any, jax.Array, Any], tuple[tuple[jax.Array, jax.Array], Any]]
 """(weights of the stage, weights that all stages see, hidden, micro-batch) -> ((hidden, loss), what it tells).
@@ -84,7 +86,7 @@ def run_program(program: Program, stages: Sequence[Stage], own: Any, shared: Any
         # Only now: the forward's slot may be the one that the weights' part has just read for the last time.
         return state._replace(inputs=inputs, gradients=gradients, sums=sums,
                               kept=_put(state.kept, row.forward_stash, made.kept))
-    with jax.named_scope("pipeline"):
+    with jax.named_scope(LOOP):
         ticks = program.ticks[0] if len(program.ticks) == 1 else jnp.asarray(program.ticks)[which]
         state = jax.lax.fori_loop(0, ticks, tick, state)
     own_sums, shared_sums = jax.tree.unflatten(tree, [state.sums[place] for place in range(len(weights))])
@@ -250,10 +252,10 @@ class _Pool(NamedTuple):
     def buffers(self, slots: int) -> list[jax.Array]:
         return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.shapes]
 
-    def slot(self, kind: int | None, arrays: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    def slot(self, kind: int, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """One slot of every buffer with the arrays of this kind, zeros elsewhere."""
         slot = [jnp.zeros(shape.shape, shape.dtype) for shape in self.shapes]
-        for place, array in zip(self.places[kind] if kind is not None else [], arrays, strict=True):
+        for place, array in zip(self.places[kind], arrays, strict=True):
             slot[place] = array
         return slot
 
@@ -270,7 +272,8 @@ def _first_part(run: _Run, kinds: list[_Kind], kept: _Pool, put_off: _Pool, told
 
     def branch(forward: int | None, backward: int | None) -> Callable[[dict[int, jax.Array]], tuple]:
         def work(sums: dict[int, jax.Array]) -> tuple[_Made, dict[int, jax.Array]]:
-            made = _Made(nothing, nothing, kept.slot(None), put_off.slot(None), told)
+            made = _Made(nothing, nothing, _at(state.kept, row.forward_stash), _at(state.put_off, row.backward_put_off),
+                         told)
             if forward is not None:
                 output, new_told, arrays = kinds[forward].forward(
                     run.of_chunk(row.forward_chunk), _at(state.inputs, row.forward_input),
@@ -287,8 +290,9 @@ def _first_part(run: _Run, kinds: list[_Kind], kept: _Pool, put_off: _Pool, told
                 sums = run.add(sums, kind.soon, first[1:early], row.backward_chunk)
             return made, sums
         return work
-    made, sums = jax.lax.switch(row.branch, [branch(*pair) for pair in run.program.branches],
-                                {place: state.sums[place] for place in soon})
+    with jax.named_scope(FIRST_PART):
+        made, sums = jax.lax.switch(row.branch, [branch(*pair) for pair in run.program.branches],
+                                    {place: state.sums[place] for place in soon})
     return made, state.sums | sums
 
 
@@ -324,8 +328,9 @@ def _last_part(run: _Run, kinds: list[_Kind], kept: _Pool, put_off: _Pool, row: 
             gradients = kind.backward.second(*made, *(inputs[place] for place in kind.backward.reads))
             return run.add(sums, kind.late, gradients, row.weights_chunk)
         return work
-    sums = jax.lax.switch(row.weights_kind + 1, [lambda sums: sums, *(branch(n) for n in range(len(kinds)))],
-                          {place: state.sums[place] for place in late})
+    with jax.named_scope(LAST_PART):
+        sums = jax.lax.switch(row.weights_kind + 1, [lambda sums: sums, *(branch(n) for n in range(len(kinds)))],
+                              {place: state.sums[place] for place in late})
     return state.sums | sums
 
 

@@ -19,7 +19,7 @@ from dsv3_jax.pipeline.schedule import Schedule, Work
 
 class Tables(NamedTuple):
     """int16 [schedules, ticks, ranks] each, but for what says otherwise; schedules with fewer ticks are filled up with
-    ticks that do nothing. What nobody reads goes to a slot that is free, or that is there for it."""
+    ticks that do nothing."""
 
     branch: np.ndarray
     """What runs first, a place in `branches`: a forward, a backward for inputs, both or nothing."""
@@ -29,13 +29,13 @@ class Tables(NamedTuple):
     forward_input: np.ndarray
     """Slot of what the stage before made."""
     forward_stash: np.ndarray
-    """Slot for what the backward needs."""
+    """Slot for what the backward needs. Without a forward, any: it keeps what it has."""
     backward_chunk: np.ndarray
     backward_gradient: np.ndarray
     """Slot of the gradient that the stage after made."""
     backward_stash: np.ndarray
     backward_put_off: np.ndarray
-    """Slot for what the weights' part needs."""
+    """Slot for what the weights' part needs. Without a backward, any: it keeps what it has."""
     weights_kind: np.ndarray
     """What runs last: the weights' part of a stage of this kind; -1 for nothing."""
     weights_chunk: np.ndarray
@@ -60,6 +60,15 @@ class Program(NamedTuple):
     slots: Slots
     chunks: int
     """Stages of a rank."""
+
+    def shares(self, schedule: int = 0) -> tuple[list[float], list[float]]:
+        """Shares of the ticks, means over ranks, that run each of `branches`; and no weights' part, and one of each
+        kind of stage."""
+        ticks = self.ticks[schedule]
+        first, last = self.tables.branch[schedule, :ticks], self.tables.weights_kind[schedule, :ticks]
+        kinds = 1 + int(self.tables.weights_kind.max())
+        return ([float(np.mean(first == number)) for number in range(len(self.branches))],
+                [float(np.mean(last == number)) for number in range(-1, kinds)])
 
 
 class Slots(NamedTuple):
@@ -88,9 +97,6 @@ class _Buffers(NamedTuple):
     gradients: dict[tuple[int, int], int]
     stash: dict[tuple[int, int], int]
     put_off: dict[tuple[int, int], int]
-    free_stash: np.ndarray
-    """[ticks, ranks]: a slot to write to in a tick that keeps nothing."""
-    free_put_off: np.ndarray
 
 
 def make_tables(schedules: Sequence[Schedule], kind_of_stage: Sequence[int]) -> Program:
@@ -101,7 +107,7 @@ def make_tables(schedules: Sequence[Schedule], kind_of_stage: Sequence[int]) -> 
     first = schedules[0]
     held = [stages_of(first, rank) for rank in range(first.ranks)]
     buffers = [_buffers(schedule) for schedule in schedules]
-    slots = _sizes(buffers)
+    slots = Slots(*(max(max(each.values(), default=-1) for each in same) + 1 for same in zip(*buffers, strict=True)))
     shifts = {step: tuple(sorted({shift for schedule in schedules for shift in _shifts(schedule, step)}))
               for step in (1, -1)}
     branches: dict[tuple[int | None, int | None], int] = {(None, None): 0}
@@ -109,8 +115,6 @@ def make_tables(schedules: Sequence[Schedule], kind_of_stage: Sequence[int]) -> 
     tables = _empty(len(schedules), max(ticks), first.ranks, slots, len(shifts[1]), len(shifts[-1]))
     for number, (schedule, buffer) in enumerate(zip(schedules, buffers, strict=True)):
         part = jax.tree.map(lambda table, n=number: table[n], tables)
-        part.forward_stash[:ticks[number]] = buffer.free_stash
-        part.backward_put_off[:ticks[number]] = buffer.free_put_off
         _fill(part, schedule, buffer, kind_of_stage, held, branches, shifts)
     return Program(tables, ticks, tuple(branches), shifts[1], shifts[-1], slots, max(map(len, held)))
 
@@ -119,40 +123,13 @@ def _buffers(schedule: Schedule) -> _Buffers:
     done = {(part, *work[1:]): tick for (tick, _), slot in on_ticks(schedule).items() for work in slot
             for part in ("IW" if work.kind == "B" else work.kind)}
     every = [(m, s, route[s]) for m, route in enumerate(schedule.routes) for s in range(schedule.stages)]
-    last, ticks = schedule.stages - 1, 1 + max(done.values())
-    inputs = [_Lifetime(r, done["F", m, s - 1], done["F", m, s], (m, s)) for m, s, r in every if s]
-    gradients = [_Lifetime(r, done["I", m, s + 1], done["I", m, s], (m, s)) for m, s, r in every if s < last]
-    stash = [_Lifetime(r, done["F", m, s], done["W", m, s], (m, s)) for m, s, r in every]
-    # Written before the weights' part of the same tick: as if at the end of the tick before.
-    put_off = [_Lifetime(r, done["I", m, s] - 1, done["W", m, s], (m, s)) for m, s, r in every]
-    stash_slots, put_off_slots = _slots(stash), _slots(put_off)
-    return _Buffers(_slots(inputs), _slots(gradients), stash_slots, put_off_slots,
-                    _free(stash, stash_slots, range(ticks), schedule.ranks),
-                    _free(put_off, put_off_slots, range(-1, ticks - 1), schedule.ranks))
-
-
-def _sizes(buffers: Sequence[_Buffers]) -> Slots:
-    """The most that any schedule needs."""
-    def most(slots: Iterable[dict[tuple[int, int], int]]) -> int:
-        return 1 + max(max(each.values(), default=-1) for each in slots)
-    # A tick that keeps nothing matters only if it finds no free slot: the free one is then one more.
-    return Slots(most(b.inputs for b in buffers), most(b.gradients for b in buffers),
-                 max([most(b.stash for b in buffers), *(1 + int(b.free_stash.max()) for b in buffers)]),
-                 max([most(b.put_off for b in buffers), *(1 + int(b.free_put_off.max()) for b in buffers)]))
-
-
-def _free(lives: Sequence[_Lifetime], slots: dict[tuple[int, int], int], times: range, ranks: int) -> np.ndarray:
-    """[times, ranks]: the lowest slot that holds nothing then. In ticks that do keep something it is not used, and is
-    0."""
-    busy: set[tuple[int, int, int]] = {(time, life.rank, slots[life.key]) for life in lives
-                                       for time in range(life.written, life.read)}
-    writes = {(life.written, life.rank) for life in lives}
-    free = np.zeros((len(times), ranks), np.int16)
-    for index, time in enumerate(times):
-        for rank in range(ranks):
-            while (time, rank) not in writes and (time, rank, int(free[index, rank])) in busy:
-                free[index, rank] += 1
-    return free
+    last = schedule.stages - 1
+    return _Buffers(
+        _slots(_Lifetime(r, done["F", m, s - 1], done["F", m, s], (m, s)) for m, s, r in every if s),
+        _slots(_Lifetime(r, done["I", m, s + 1], done["I", m, s], (m, s)) for m, s, r in every if s < last),
+        _slots(_Lifetime(r, done["F", m, s], done["W", m, s], (m, s)) for m, s, r in every),
+        # Written before the weights' part of the same tick: as if at the end of the tick before.
+        _slots(_Lifetime(r, done["I", m, s] - 1, done["W", m, s], (m, s)) for m, s, r in every))
 
 
 def _empty(schedules: int, ticks: int, ranks: int, slots: Slots, output_shifts: int, gradient_shifts: int) -> Tables:
@@ -194,7 +171,7 @@ def _fill(tables: Tables, schedule: Schedule, slots: _Buffers, kind_of_stage: Se
         _set(tables, at, branch=branches.setdefault((kinds.get("F"), kinds.get("I")), len(branches)))
 
 
-def _slots(lifetimes: Sequence[_Lifetime]) -> dict[tuple[int, int], int]:
+def _slots(lifetimes: Iterable[_Lifetime]) -> dict[tuple[int, int], int]:
     """key -> slot: on every rank the lowest that is free. A slot read in a tick can be written at its end."""
     slots: dict[tuple[int, int], int] = {}
     busy: dict[tuple[int, int], int] = {}

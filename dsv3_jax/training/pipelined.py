@@ -27,7 +27,7 @@ from dsv3_jax.pipeline.executor import Stage, run_program
 from dsv3_jax.pipeline.placement import Cut, kind_of, lay_out
 from dsv3_jax.pipeline.schedules import fitting_sizes, make, with_fewer_put_off
 from dsv3_jax.pipeline.stages import StageLayers, cut_model
-from dsv3_jax.pipeline.tables import make_tables
+from dsv3_jax.pipeline.tables import Program, make_tables
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 from dsv3_jax.training.loss import Losses, prediction_losses
 
@@ -71,6 +71,11 @@ def cut_of(config: RunConfig) -> Cut:
     if config.pipeline.put_off is not None:
         schedules = [with_fewer_put_off(schedule, config.pipeline.put_off) for schedule in schedules]
     return Cut(tuple(schedules), tuple(cut_model(config.model, whole.stages)))
+
+
+def program_of(cut: Cut) -> Program:
+    """Tables of its schedules."""
+    return make_tables(cut.schedules, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
 
 
 def _growing(config: RunConfig) -> range:
@@ -126,7 +131,7 @@ class _Stages:
         """(gradients of the rank's layers, [chunks, ...]; this rank's part of those of the rest; what all devices
         told together)."""
         config, cut = self._config, self._cut
-        program = make_tables(cut.schedules, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
+        program = program_of(cut)
         shape = tokens.shape[1], tokens.shape[2] - 1 - self._depth, config.model.hidden_size
         totals = self._nothing_told()
         each = jnp.zeros(len(tokens))
