@@ -245,6 +245,9 @@ class MeshConfig:
     combine: Combine = "plain"
     """What sums of experts' outputs travel home in, and gradients of what was dispatched: the compute type, float32, or
     LogFMT with so many bits (paper 1, section 3.2). Without other devices nothing travels."""
+    dual: bool = False
+    """Runs each layer on two halves of a micro-batch, so that one's exchanges run while the other computes (paper 1,
+    section 2.3.1). Each device needs an even number of sequences."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 
@@ -303,6 +306,8 @@ class Execution:
     """See `MeshConfig.transport`."""
     combine: Combine = "plain"
     """See `MeshConfig.combine`."""
+    dual: bool = False
+    """See `MeshConfig.dual`."""
 
     def __post_init__(self) -> None:
         _require_capacity("capacity_factor", self.capacity_factor)
@@ -504,7 +509,8 @@ class RunConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport, self.mesh.combine)
+        return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport, self.mesh.combine,
+                         self.mesh.dual)
 
     @property
     def horizon_steps(self) -> int:

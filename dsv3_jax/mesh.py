@@ -158,14 +158,19 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
-    """Raises `ConfigError` unless a micro-batch divides over the devices."""
+def check_batch(batch: BatchConfig, mesh: Mesh, dual: bool = False) -> None:
+    """Raises `ConfigError` unless a micro-batch divides over the devices, and each one's part in two if `dual`."""
     shards = batch_shards(mesh)
     if batch.micro_batch % shards:
         raise ConfigError(
             f"batch.sequences/batch.micro_batches ({batch.sequences}/{batch.micro_batches}={batch.micro_batch}) must "
             f"be divisible by the {shards} devices that share a batch (the mesh's data*scale_out*scale_up): change "
             "batch.sequences, batch.micro_batches or the mesh (with mesh.context, devices share a sequence)")
+    if dual and batch.micro_batch % (2 * shards):
+        raise ConfigError(
+            f"mesh.dual needs an even number of sequences on each device, and batch.sequences/batch.micro_batches "
+            f"({batch.sequences}/{batch.micro_batches}={batch.micro_batch}) is {batch.micro_batch // shards} on each "
+            f"of {shards}: make batch.sequences a multiple of {2 * shards * batch.micro_batches}, or change the mesh")
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -159,7 +159,8 @@ def as_json(one: Prediction, config: RunConfig, pod: Pod, arguments: Arguments,
 def runnable(one: Prediction) -> bool:
     """Whether the configuration takes the layout."""
     try:
-        dataclasses.replace(RUNS["tiny"].mesh, pipe=one.layout.pipe)
+        dataclasses.replace(RUNS["tiny"].mesh, pipe=one.layout.pipe, context=one.layout.context,
+                            zero="full" if one.layout.zero == "full" else "zero1")
     except ConfigError:
         return False
     return True
@@ -172,7 +173,8 @@ def summary(one: Prediction, told: dict[str, Any], pod: Pod) -> list[str]:
                          sorted(parts.items(), key=lambda item: -item[1]) if value > 0.001 * total)
     lines = ["", f"options: {' '.join(told['options'])}"]
     if not told["runs_today"]:
-        lines.append("no pipeline is built yet that runs this: give --pipe 1 for the best layout that train.py takes")
+        lines.append("train.py takes no pipeline whose devices share sequences or gather layer by layer: give --pipe 1 "
+                     "for the best layout that it takes")
     lines += [
         f"step: {shares(one.components, one.seconds, 's')}",
         f"waits for: {shares(one.resources, one.seconds, 's')}",

@@ -168,7 +168,7 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
 def checked_mesh(config: RunConfig, pod: Pod) -> Mesh:
     """The mesh, if a micro-batch divides over its devices, and a pipeline has a schedule; `ConfigError` otherwise."""
     mesh = pod_mesh(pod, config.mesh)
-    check_batch(config.batch, mesh)
+    check_batch(config.batch, mesh, config.mesh.dual)
     if config.mesh.pipe > 1:
         cut_of(config)
     return mesh

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig, Recompute
@@ -29,6 +30,8 @@ _KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner"), "experts": 
 SHORT_STACK = 4
 """Up to this many layers a stack is unrolled: a scan copies every layer's residuals into stacked arrays and back,
 which took 15% of the quickstart's step on CPU."""
+LAYERS_AT_ONCE = 2
+"""Of longer stacks that run two halves of a batch: what the last exchange of one layer waits for is in the next."""
 
 
 def recomputed(function: Callable, recompute: Recompute) -> Callable:
@@ -89,12 +92,44 @@ def run_stack(blocks: Block, hidden_BTD: jax.Array, positions_T: jax.Array,
     """Runs a stack of blocks; statistics gain a leading layer dimension."""
     graphdef, layers = nnx.split(blocks)
     short = len(jax.tree.leaves(layers)[0]) <= SHORT_STACK
-    return jax.lax.scan(layer_of(graphdef, positions_T, execution), hidden_BTD, layers, unroll=short)
+    layer = layer_of(graphdef, positions_T, execution)
+    if not execution.dual:
+        return jax.lax.scan(layer, hidden_BTD, layers, unroll=short)
+    both, stats = jax.lax.scan(layer, halves(hidden_BTD), layers, unroll=short or LAYERS_AT_ONCE)
+    return joined(both), stats
 
 
 def layer_of(graphdef: nnx.GraphDef, positions_T: jax.Array, execution: Execution) -> Callable:
     """(hidden [B, T, D], weights of one block) -> (hidden, its statistics), with the activations kept that
-    `execution.recompute` says."""
-    def step(hidden_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, RouterStats | None]:
-        return nnx.merge(graphdef, gather_for_compute(layer))(hidden_BTD, positions_T, execution)
+    `execution.recompute` says; if `execution.dual`, of two halves of a batch at once."""
+    def step(hidden: Any, layer: nnx.State) -> tuple[Any, RouterStats | None]:
+        block = nnx.merge(graphdef, gather_for_compute(layer))
+        return on_both(lambda hidden_BTD: block(hidden_BTD, positions_T, execution), hidden)
     return recomputed(step, execution.recompute)
+
+
+Halves = tuple[jax.Array, jax.Array]
+"""Every other sequence of a batch, [B/2, T, ...] each: two micro-batches that depend on each other in nothing, so that
+one's exchanges can run while the other computes (paper 1, section 2.3.1; paper 2, section 3.4)."""
+
+
+def halves(x_BTD: jax.Array) -> Halves:
+    """Each device has as many sequences of one as of the other."""
+    pairs = x_BTD.reshape(-1, 2, *x_BTD.shape[1:])
+    return constrain_batch(pairs[:, 0]), constrain_batch(pairs[:, 1])
+
+
+def joined(both: Halves) -> jax.Array:
+    """The batch again."""
+    pairs = jnp.stack(both, axis=1)
+    return constrain_batch(pairs.reshape(-1, *pairs.shape[2:]))
+
+
+def on_both(function: Callable[[jax.Array], tuple[jax.Array, RouterStats | None]], hidden: jax.Array | Halves) -> Any:
+    """`function` of a batch, or of its halves, with the statistics of the whole."""
+    if isinstance(hidden, jax.Array):
+        return function(hidden)
+    (one, stats), (other, other_stats) = (function(half) for half in hidden)
+    if stats is None or other_stats is None:
+        return (one, other), None
+    return (one, other), stats.with_other_half(other_stats)

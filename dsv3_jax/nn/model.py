@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig, Precision
 from dsv3_jax.mesh import constrain_batch, context_size, gather_for_compute
-from dsv3_jax.nn.block import Block, gathered, recomputed, run_stack, stack_of
+from dsv3_jax.nn.block import Block, gathered, halves, joined, on_both, recomputed, run_stack, stack_of
 from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
@@ -132,5 +132,9 @@ def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, pos
     graphdef, state = nnx.split(module)
 
     def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-        return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T, execution)
+        module = nnx.merge(graphdef, gather_for_compute(state))
+        inputs = module.join(hidden_BTD, ahead_BTD)
+        out, stats = on_both(lambda hidden_BTD: module.block(hidden_BTD, positions_T, execution),
+                             halves(inputs) if execution.dual else inputs)
+        return (joined(out) if execution.dual else out), stats
     return recomputed(run, execution.recompute)(state, hidden_BTD, ahead_BTD)

@@ -39,6 +39,12 @@ class RouterStats(NamedTuple):
     traffic: Traffic
     """float32 scalars, sums over all devices."""
 
+    def with_other_half(self, other: RouterStats) -> RouterStats:
+        """Of a batch, from those of two halves with equally many sequences."""
+        return RouterStats(self.load_E + other.load_E, (self.balance_loss + other.balance_loss) / 2,
+                           jnp.maximum(self.rounds, other.rounds),
+                           jax.tree.map(jnp.add, self.traffic, other.traffic))
+
 
 class RoutedExperts(nnx.Module):
     """The experts' weights, stacked, and their evaluation for routed tokens."""

@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.say: Say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(config.mesh)
-        check_batch(config.batch, self.mesh)
+        check_batch(config.batch, self.mesh, config.mesh.dual)
         if config.mesh.pipe > 1:
             cut_of(config)  # raises what a pipeline can't run
         self._weights = None if init_from is None else open_weights(init_from, config.model)

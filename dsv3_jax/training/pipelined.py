@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, on_each_device, shardings
-from dsv3_jax.nn.block import layer_of, recomputed
+from dsv3_jax.nn.block import halves, joined, layer_of, recomputed
 from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, predict_ahead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.pipeline.executor import Stage, run_program
@@ -158,13 +158,15 @@ class _Stages:
                 table = nnx.merge(graph["embed_tokens"], weights["embed_tokens"])
                 embedded, *ahead = embed_with_depths(table, tokens[:, :-1], depth)
                 hidden = embedded if layers.first else hidden
+            through: Any = halves(hidden) if config.mesh.dual else hidden
             for number in layers.dense:
                 run = layer_of(graph["dense_layers"], positions_T, config.execution)
-                hidden, _ = run(hidden, weights["dense_layers"][number])
+                through, _ = run(through, weights["dense_layers"][number])
             for slot in layers.moe:
                 run = layer_of(graph["moe_layers"], positions_T, config.execution)
-                hidden, of_layer = run(hidden, nnx.merge_state(own[0][slot], own[1][slot]))
+                through, of_layer = run(through, nnx.merge_state(own[0][slot], own[1][slot]))
                 stats.append(of_layer)
+            hidden = joined(through) if config.mesh.dual else through
             main = mtp = jnp.zeros(())
             if layers.last:
                 end = recomputed(self._end, config.recompute)

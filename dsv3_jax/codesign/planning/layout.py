@@ -75,6 +75,8 @@ class Layout:
         values = {"mesh.pipe": self.pipe, "mesh.data": self.data, "mesh.scale-out": self.scale_out,
                   "mesh.scale-up": self.scale_up, "mesh.context": self.context, "mesh.zero": self.zero,
                   "batch.micro-batches": self.micro_batches, "precision": self.precision, "recompute": self.recompute}
-        if self.pipe == 1:
+        if self.schedule is None:
             del values["mesh.pipe"]
+        else:
+            values["pipeline.schedule"] = self.schedule
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]

@@ -197,8 +197,9 @@ def _three_steps(**changes):
     # Sequences are shared in the layout above too.
     pytest.param({"mesh": (("context", 8),)}, marks=pytest.mark.slow),
     {"batch": (("sequences", 8), ("sequence_length", 16), ("micro_batches", 4))},
+    {"mesh": (("scale_out", 2), ("data", 2), ("context", 2), ("dual", True)), "model": PREDICTING},
 ], ids=["expert parallel in rounds", "fully sharded, shared sequences", "one sequence over all devices",
-        "four micro-batches"])
+        "four micro-batches", "two halves at once"])
 def test_layout_changes_no_step(changes):
     """Losses within float32 rounding; weights after three steps within Adam's amplification of it."""
     plain, plain_state = _three_steps(**{k: v for k, v in changes.items() if k == "model"})
