@@ -40,6 +40,9 @@ class Arguments:
     """Default: the preset's."""
     runs: Path = Path("runs/fp8_vs_bf16")
     """Where run folders go."""
+    keep_casts: bool = False
+    """Round to bf16 after every single operation, as no accelerator does: XLA stays in float32 inside a fusion, and on
+    CPU in most places."""
     out: Path | None = None
     """Write OUT.json, OUT.md and OUT.png."""
     json: bool = False
@@ -71,7 +74,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     with standard_output_for_json(arguments.json) as write_json:
         study = study_of(arguments)
-        runtime.start(MeshConfig(data=1))
+        runtime.start(MeshConfig(data=1), keep_casts=arguments.keep_casts)
         curves = study.losses()
         about = {**provenance(), "preset": arguments.preset, "steps": study.configs[BASELINE].steps}
         result = {"about": about, **study.result(curves)}

@@ -10,7 +10,8 @@ On one device nothing travels and nothing is rounded, so experts are spread over
 that the CPU simulates: sums of experts' outputs are rounded on each device for their way through the node, and their
 sums for the way between nodes; so are gradients of what was dispatched. Rounding counts as the identity in the
 backward. Tokens go to 4 experts instead of the preset's 2: of two outputs there is one sum, and where it is rounded to
-bf16 makes no difference, so that the plain combine and that in float32 would be the same.
+bf16 makes no difference, so that the plain combine and that in float32 would be the same. Every cast to bf16 is kept:
+left to itself XLA on CPU stays in float32 between operations.
 
 Trains a preset once for each format and seed, in folders below --runs where finished runs are not trained again; the
 defaults are 15 runs of 600 steps, about an hour on two cores. The relative loss error of a run is |loss - loss with the
@@ -93,7 +94,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     with standard_output_for_json(arguments.json) as write_json:
         study = study_of(arguments)
-        runtime.start(arguments.mesh)
+        runtime.start(arguments.mesh, keep_casts=True)
         curves = study.losses()
         about = {**provenance(), "preset": arguments.preset, "steps": arguments.steps,
                  "experts_per_token": arguments.experts_per_token, "precision": arguments.precision,

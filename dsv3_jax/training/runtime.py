@@ -20,8 +20,11 @@ _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"
 _LONGEST_WAIT_MS = 3600 * 1000  # tokenizing a corpus or compiling a large model may take one process this much longer
 
 
-def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()) -> None:
+def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig(), keep_casts: bool = False) -> None:
     """Prepares JAX for `mesh`. Call once, before the first array.
+
+    With `keep_casts` every cast to bf16 rounds, for studies of rounding. By default XLA drops many between operations:
+    on accelerators inside a fusion, on CPU, which computes in float32, nearly all.
 
     Joins the other processes of the run: by `distributed` if given, else by what Slurm, Open MPI, GKE or a TPU pod say
     in the environment, which `jax.distributed` reads itself.
@@ -34,9 +37,7 @@ def start(mesh: MeshConfig, distributed: DistributedConfig = DistributedConfig()
     if mesh.simulate_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         _set_xla_flag("xla_force_host_platform_device_count", mesh.simulate_devices)
-    on_cpu = _accelerator() is None or jax.config.jax_platforms == "cpu"
-    if on_cpu and "xla_allow_excess_precision" not in os.environ.get("XLA_FLAGS", ""):
-        # XLA on CPU computes in float32 and would drop most casts to bf16 and back between its operations.
+    if keep_casts:
         _set_xla_flag("xla_allow_excess_precision", "false")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))

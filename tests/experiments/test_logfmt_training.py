@@ -30,7 +30,7 @@ def small(monkeypatch, tmp_path):
     data = DataConfig(path=str(text), tokenizer="bytes", validation_share=0.2, cache_dir=str(tmp_path / "cache"))
     monkeypatch.setitem(RUNS, "tiny", dataclasses.replace(
         tiny, model=model, data=data, batch=BatchConfig(sequences=2, sequence_length=32), recompute="none"))
-    monkeypatch.setattr(logfmt_training.runtime, "start", lambda mesh: None)
+    monkeypatch.setattr(logfmt_training.runtime, "start", lambda mesh, keep_casts: None)
     for module in (loop, loss_study):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
 

@@ -36,13 +36,13 @@ def test_an_idle_accelerator_is_reported(extra, platforms, warns, monkeypatch):
     assert not warns or f"dsv3-jax[{extra}]" in warning
 
 
-def test_bf16_is_rounded_on_the_cpu():
-    """What is cast to bf16 and back has lost its last bits: XLA drops such casts unless told not to."""
+def test_casts_to_bf16_round_where_they_are_kept():
+    """XLA on CPU drops a cast and its inverse unless told not to."""
     program = """
 import jax, jax.numpy as jnp
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.training import runtime
-runtime.start(MeshConfig(simulate_devices=2))
+runtime.start(MeshConfig(simulate_devices=2), keep_casts=True)
 print(jax.device_count(), jax.jit(lambda x: (x * 3).astype(jnp.bfloat16).astype(jnp.float32))(1 + 2.0 ** -7))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
