@@ -264,12 +264,17 @@ class MeshConfig:
                  "stages for the whole step")
 
     @property
+    def gathers_by_layer(self) -> bool:
+        """Whether the whole model's weights stay spread until a layer uses them."""
+        return self.zero == "full" or self.pipe > 1
+
+    @property
     def expert_parallel(self) -> int:
         """Devices that the experts are spread over."""
         return self.scale_out * self.scale_up * self.context
 
 
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +285,7 @@ class PipelineConfig:
     `batch.micro_batches` must be what it takes: of dualpipe an even number, and an even number at least twice that.
     """
 
-    schedule: Schedule = "dualpipe"
+    schedule: PipelineSchedule = "dualpipe"
     """dualpipe keeps weights on two ranks, for few waits and communication behind computing (paper 2, section 3.2.1);
     dualpipev does so without the second copy, on twice as many stages."""
     chunks: int | None = None

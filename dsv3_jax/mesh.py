@@ -186,8 +186,8 @@ def context_size() -> int:
 
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps `x` [B, T, ...] split over all devices, its rows over the batch axes and T, if it divides, over context;
-    nothing outside a mesh, or of one device's part."""
-    if jax.sharding.get_abstract_mesh().empty or not _automatic_axes():
+    nothing where there is one device, or one device's part."""
+    if _is_one_device():
         return x
     return jax.lax.with_sharding_constraint(x, _spec_of_tokens(x))
 
@@ -256,9 +256,9 @@ def gather_for_compute(state: Any) -> Any:
     backward asks for the spread layout at once, so that the compiler emits a reduce-scatter where it can rather than an
     all-reduce and a slice.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not _automatic_axes():
+    if _is_one_device():
         return state
+    mesh = jax.sharding.get_abstract_mesh()
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata("axes")

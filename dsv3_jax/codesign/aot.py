@@ -34,10 +34,9 @@ from dsv3_jax.codesign.hlo import (
 from dsv3_jax.codesign.memory import state_bytes
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
-from dsv3_jax.mesh import check_batch
 from dsv3_jax.nn.moe import expert_tile
 from dsv3_jax.pipeline.executor import FIRST_PART, LAST_PART
-from dsv3_jax.training.pipelined import cut_of, program_of
+from dsv3_jax.training.pipelined import check_step, cut_of, program_of
 from dsv3_jax.training.step import compile_train_step
 
 PASSES = ("forward", "recomputation", "backward", "other")
@@ -168,9 +167,7 @@ def compile_for_pod(config: RunConfig, pod: Pod, preset: str = "", text_to: Path
 def checked_mesh(config: RunConfig, pod: Pod) -> Mesh:
     """The mesh, if a micro-batch divides over its devices, and a pipeline has a schedule; `ConfigError` otherwise."""
     mesh = pod_mesh(pod, config.mesh)
-    check_batch(config.batch, mesh, config.mesh.dual)
-    if config.mesh.pipe > 1:
-        cut_of(config)
+    check_step(config, mesh)
     return mesh
 
 

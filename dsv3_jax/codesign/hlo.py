@@ -228,8 +228,8 @@ class Walk:
         if instruction.opcode == "conditional":
             branches = instruction.called("branch_computations", "true_computation", "false_computation")
             scope = re.search(r"(\w+)/cond$", instruction.op_name)
-            shares = self.choices.get(scope.group(1), []) if scope else []
-            return list(zip(branches, shares if len(shares) == len(branches) else [1] * len(branches), strict=True))
+            shares = self.choices.get(scope.group(1)) if scope else None
+            return list(zip(branches, shares or [1] * len(branches), strict=True))
         if instruction.opcode in ("fusion", "call", "async-start"):
             return [(name, 1) for name in instruction.called("calls", "to_apply")]
         return []

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig, Precision
 from dsv3_jax.mesh import constrain_batch, context_size, gather_for_compute
-from dsv3_jax.nn.block import Block, gathered, halves, joined, on_both, recomputed, run_stack, stack_of
+from dsv3_jax.nn.block import Block, gathered, recomputed, run_stack, stack_of
 from dsv3_jax.nn.linear import Embedding, OutputHead
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.mtp import MTPModule
@@ -64,7 +64,8 @@ class DeepSeekV3(nnx.Module):
         hidden_BTD, stats = run_stack(self.moe_layers, hidden_BTD, positions_T, execution)
         normed = self.norm(hidden_BTD)
         previous = hidden_BTD if self.config.mtp_hidden == "pre_norm" else normed
-        mtp_hidden, mtp_stats = predict_ahead(list(self.mtp)[:depth], previous, ahead_BTD, positions_T, execution)
+        mtp_hidden, mtp_stats = run_prediction_modules(list(self.mtp)[:depth], previous, ahead_BTD, positions_T,
+                                                       execution)
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, *mtp_stats)
         return ModelOutput(normed, mtp_hidden, stats)
 
@@ -108,8 +109,9 @@ def embed_with_depths(table: Embedding, tokens: jax.Array, depth: int) -> list[j
     return [embedded_BTKD[:, :, k] for k in range(depth + 1)]
 
 
-def predict_ahead(modules: Sequence[MTPModule], hidden_BTD: jax.Array, ahead_BTD: Sequence[jax.Array],
-                  positions_T: jax.Array, execution: Execution) -> tuple[tuple[jax.Array, ...], list[RouterStats]]:
+def run_prediction_modules(modules: Sequence[MTPModule], hidden_BTD: jax.Array, ahead_BTD: Sequence[jax.Array],
+                           positions_T: jax.Array, execution: Execution
+                           ) -> tuple[tuple[jax.Array, ...], list[RouterStats]]:
     """The chain of multi-token-prediction modules.
 
     Args:
@@ -132,9 +134,5 @@ def _run_mtp(module: MTPModule, hidden_BTD: jax.Array, ahead_BTD: jax.Array, pos
     graphdef, state = nnx.split(module)
 
     def run(state: nnx.State, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-        module = nnx.merge(graphdef, gather_for_compute(state))
-        inputs = module.join(hidden_BTD, ahead_BTD)
-        out, stats = on_both(lambda hidden_BTD: module.block(hidden_BTD, positions_T, execution),
-                             halves(inputs) if execution.dual else inputs)
-        return (joined(out) if execution.dual else out), stats
+        return nnx.merge(graphdef, gather_for_compute(state))(hidden_BTD, ahead_BTD, positions_T, execution)
     return recomputed(run, execution.recompute)(state, hidden_BTD, ahead_BTD)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.nn.block import Block
+from dsv3_jax.nn.block import Block, halves, joined, on_both
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.norm import RMSNorm
@@ -33,7 +33,10 @@ class MTPModule(nnx.Module):
     def __call__(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array, positions_T: jax.Array,
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """Previous depth's h and the embeddings k tokens ahead -> (h^k before `norm`, routing statistics)."""
-        return self.block(self.join(hidden_BTD, ahead_BTD), positions_T, execution)
+        inputs_BTD = self.join(hidden_BTD, ahead_BTD)
+        out, stats = on_both(lambda hidden_BTD: self.block(hidden_BTD, positions_T, execution),
+                             halves(inputs_BTD) if execution.dual else inputs_BTD)
+        return (joined(out) if execution.dual else out), stats
 
     def join(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> jax.Array:
         """M [norm(Emb); norm(h)], what the module's layer reads: [B, T, D]."""

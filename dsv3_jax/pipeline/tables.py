@@ -14,7 +14,10 @@ import jax
 import numpy as np
 
 from dsv3_jax.pipeline.account import on_ticks, stages_of
-from dsv3_jax.pipeline.schedule import Schedule, Work
+from dsv3_jax.pipeline.schedule import Schedule, Slot, Work
+
+Cells = dict[tuple[int, int], Slot]
+"""(tick, rank) -> what the rank does then; see `account.on_ticks`."""
 
 
 class Tables(NamedTuple):
@@ -106,21 +109,22 @@ def make_tables(schedules: Sequence[Schedule], kind_of_stage: Sequence[int]) -> 
     """
     first = schedules[0]
     held = [stages_of(first, rank) for rank in range(first.ranks)]
-    buffers = [_buffers(schedule) for schedule in schedules]
+    cells = [on_ticks(schedule) for schedule in schedules]
+    buffers = [_buffers(schedule, cell) for schedule, cell in zip(schedules, cells, strict=True)]
     slots = Slots(*(max(max(each.values(), default=-1) for each in same) + 1 for same in zip(*buffers, strict=True)))
     shifts = {step: tuple(sorted({shift for schedule in schedules for shift in _shifts(schedule, step)}))
               for step in (1, -1)}
     branches: dict[tuple[int | None, int | None], int] = {(None, None): 0}
-    ticks = tuple(1 + max(tick for tick, _ in on_ticks(schedule)) for schedule in schedules)
+    ticks = tuple(1 + max(tick for tick, _ in cell) for cell in cells)
     tables = _empty(len(schedules), max(ticks), first.ranks, slots, len(shifts[1]), len(shifts[-1]))
-    for number, (schedule, buffer) in enumerate(zip(schedules, buffers, strict=True)):
+    for number, (schedule, cell, buffer) in enumerate(zip(schedules, cells, buffers, strict=True)):
         part = jax.tree.map(lambda table, n=number: table[n], tables)
-        _fill(part, schedule, buffer, kind_of_stage, held, branches, shifts)
+        _fill(part, schedule, cell, buffer, kind_of_stage, held, branches, shifts)
     return Program(tables, ticks, tuple(branches), shifts[1], shifts[-1], slots, max(map(len, held)))
 
 
-def _buffers(schedule: Schedule) -> _Buffers:
-    done = {(part, *work[1:]): tick for (tick, _), slot in on_ticks(schedule).items() for work in slot
+def _buffers(schedule: Schedule, cells: Cells) -> _Buffers:
+    done = {(part, *work[1:]): tick for (tick, _), slot in cells.items() for work in slot
             for part in ("IW" if work.kind == "B" else work.kind)}
     every = [(m, s, route[s]) for m, route in enumerate(schedule.routes) for s in range(schedule.stages)]
     last = schedule.stages - 1
@@ -144,11 +148,11 @@ def _empty(schedules: int, ticks: int, ranks: int, slots: Slots, output_shifts: 
         output_arrives=table(slots.inputs, output_shifts), gradient_arrives=table(slots.gradients, gradient_shifts))
 
 
-def _fill(tables: Tables, schedule: Schedule, slots: _Buffers, kind_of_stage: Sequence[int],
+def _fill(tables: Tables, schedule: Schedule, cells: Cells, slots: _Buffers, kind_of_stage: Sequence[int],
           held: Sequence[Sequence[int]], branches: dict[tuple[int | None, int | None], int],
           shifts: dict[int, tuple[int, ...]]) -> None:
     """Writes one schedule into its tables [ticks, ranks], and pairs of kinds that are new into `branches`."""
-    for at, slot in on_ticks(schedule).items():
+    for at, slot in cells.items():
         kinds: dict[str, int] = {}
         for work in slot:
             key, chunk, kind = work[1:], held[at[1]].index(work.stage), kind_of_stage[work.stage]

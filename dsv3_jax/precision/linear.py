@@ -92,18 +92,14 @@ def _check_float8(x: jax.Array | Carried, weight: Weight, recipe: LinearRecipe |
                         "'input', or x_MK in bf16 or float32")
 
 
-def _plain(x_MK: jax.Array, weight: Any, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
+def _multiply(x_MK: jax.Array, weight: Any, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
     """In x's dtype; nothing is in float8."""
-    return _plain_product(x_MK, weight, group_sizes_E, alignment)
-
-
-def _multiply(x_MK: jax.Array, weight: jax.Array, group_sizes_E: jax.Array | None, alignment: int) -> jax.Array:
     if group_sizes_E is None:
         return x_MK @ weight
     return grouped_matmul(x_MK, weight, group_sizes_E, alignment=alignment)
 
 
-_plain_product = jax.custom_vjp(_multiply, nondiff_argnums=(3,))
+_plain = jax.custom_vjp(_multiply, nondiff_argnums=(3,))
 
 
 def _plain_backward(alignment: int, saved: tuple, grads_MN: jax.Array) -> tuple:
@@ -115,7 +111,7 @@ def _plain_backward(alignment: int, saved: tuple, grads_MN: jax.Array) -> tuple:
     return d_x, d_weight, None
 
 
-_plain_product.defvjp(lambda *operands: (_multiply(*operands), operands[:3]), _plain_backward)
+_plain.defvjp(lambda *operands: (_multiply(*operands), operands[:3]), _plain_backward)
 
 
 def _named(x: Any, name: str | None) -> Any:

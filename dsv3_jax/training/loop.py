@@ -25,7 +25,7 @@ from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.interop.load import load
 from dsv3_jax.interop.start import open_weights, tokenizer_warning
-from dsv3_jax.mesh import batch_sharding, check_batch, make_mesh
+from dsv3_jax.mesh import batch_sharding, make_mesh
 from dsv3_jax.nn.moe import wire_of
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, RECIPES
 from dsv3_jax.training import runtime
@@ -33,7 +33,7 @@ from dsv3_jax.training.batches import Batches
 from dsv3_jax.training.checkpoint import Checkpoints, open_run_folder
 from dsv3_jax.training.evaluate import Evaluator
 from dsv3_jax.training.metrics import RunLog, Say, check_finite, duration, step_line, step_record
-from dsv3_jax.training.pipelined import cut_of
+from dsv3_jax.training.pipelined import check_step
 from dsv3_jax.training.schedule import Position, StepSettings, walk
 from dsv3_jax.training.state import TrainState, init_state, init_state_from
 from dsv3_jax.training.step import StepMetrics, compile_train_step
@@ -62,9 +62,7 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.say: Say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(config.mesh)
-        check_batch(config.batch, self.mesh, config.mesh.dual)
-        if config.mesh.pipe > 1:
-            cut_of(config)  # raises what a pipeline can't run
+        check_step(config, self.mesh)
         self._weights = None if init_from is None else open_weights(init_from, config.model)
         open_run_folder(run_dir, config)
         self.data: TokenData = prepare(config.data, config.model.vocab_size, config.seed, self.say)
@@ -98,7 +96,7 @@ class Trainer:
         self.evaluator = (Evaluator(self.config, self.mesh, self.data.validation)
                           if len(self.data.validation.tokens) else None)
         self.generator = Generator(self.config.model, self.mesh, precision=self.config.precision,
-                                   spread=self.config.mesh.zero == "full" or self.config.mesh.pipe > 1)
+                                   spread=self.config.mesh.gathers_by_layer)
         runtime.wait_for_processes("step is compiled")
         compile_seconds = time.perf_counter() - compiling
         self.say(f"compiling ... done in {compile_seconds:.1f} s")

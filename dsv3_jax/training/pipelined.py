@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
-from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, on_each_device, shardings
+from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, check_batch, on_each_device, shardings
 from dsv3_jax.nn.block import halves, joined, layer_of, recomputed
-from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, predict_ahead
+from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, run_prediction_modules
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.pipeline.executor import Stage, run_program
 from dsv3_jax.pipeline.placement import Cut, kind_of, lay_out
@@ -73,9 +73,18 @@ def cut_of(config: RunConfig) -> Cut:
     return Cut(tuple(schedules), tuple(cut_model(config.model, whole.stages)))
 
 
+def check_step(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` for a batch that does not divide over the mesh, or a pipeline that no schedule runs."""
+    check_batch(config.batch, mesh, config.mesh.dual)
+    if config.mesh.pipe > 1:
+        cut_of(config)
+
+
+@functools.cache
 def program_of(cut: Cut) -> Program:
     """Tables of its schedules."""
-    return make_tables(cut.schedules, [cut.kinds.index(kind_of(stage)) for stage in cut.layers])
+    kinds = cut.kinds
+    return make_tables(cut.schedules, [kinds.index(kind_of(stage)) for stage in cut.layers])
 
 
 def _growing(config: RunConfig) -> range:
@@ -188,7 +197,7 @@ class _Stages:
         normed = nnx.merge(graph["norm"], weights["norm"])(hidden)
         previous = hidden if config.model.mtp_hidden == "pre_norm" else normed
         modules = [nnx.merge(graphdef, weights["mtp"][k], bias["mtp"][k]) for k, graphdef in enumerate(self._mtp_graph)]
-        mtp_hidden, stats = predict_ahead(modules, previous, ahead, positions_T, config.execution)
+        mtp_hidden, stats = run_prediction_modules(modules, previous, ahead, positions_T, config.execution)
         head = nnx.merge(graph["lm_head"], weights["lm_head"])
         return *prediction_losses(head, normed, mtp_hidden, tokens, self._depth), stats
 

@@ -50,7 +50,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, StepMe
         losses, output = training_losses(nnx.merge(structure, weights, router_bias), tokens, config.execution)
         total = (losses.main + settings.mtp_weight * losses.mtp + config.model.aux_loss_alpha * losses.balance)
         return total, Told(losses, output.stats.load_E, jnp.max(output.stats.rounds),
-                            jax.tree.map(jnp.sum, output.stats.traffic))
+                           jax.tree.map(jnp.sum, output.stats.traffic))
 
     def step(state: TrainState, tokens: jax.Array, micro_batches: jax.Array,
              settings: StepSettings) -> tuple[TrainState, StepMetrics]:
@@ -79,7 +79,7 @@ def weights_for_compute(params: nnx.State, config: RunConfig) -> nnx.State:
     """The weights a step computes with: in compute precision, and gathered at once (zero1) or left to the modules,
     which gather what they find spread (full, and where a pipeline's weights serve the whole model)."""
     weights = compute_weights(params, config.precision)
-    return weights if config.mesh.zero == "full" or config.mesh.pipe > 1 else gather_for_compute(weights)
+    return weights if config.mesh.gathers_by_layer else gather_for_compute(weights)
 
 
 def _mean_over_micro_batches(micro: Callable[[jax.Array], tuple[Any, Told]], tokens: jax.Array,

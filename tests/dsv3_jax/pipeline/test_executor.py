@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from dsv3_jax.codesign.hlo import Walk, matrix_flops, parse
 from dsv3_jax.pipeline.account import stages_of
-from dsv3_jax.pipeline.executor import run_program
+from dsv3_jax.pipeline.executor import FIRST_PART, LAST_PART, run_program
 from dsv3_jax.pipeline.schedules import SCHEDULES, make
 from dsv3_jax.pipeline.tables import make_tables
 from dsv3_jax.precision.linear import linear
@@ -74,10 +75,9 @@ def in_turn(kinds, own, shared, data):
     return losses, gradients
 
 
-def in_pipeline(schedule, kinds, own, shared, data):
-    """The same by the schedule's ranks."""
+def program_on_ranks(schedule, kinds):
+    """(weights [ranks, chunks, ...], shared, data) -> what each rank has in the end, one program."""
     program = make_tables([schedule], kinds)
-    stages = np.array([stages_of(schedule, rank) for rank in range(schedule.ranks)])
     mesh = Mesh(np.array(jax.devices()[:schedule.ranks]), ("pipe",), axis_types=(AxisType.Auto,))
 
     def on_rank(own, shared, data):
@@ -87,9 +87,13 @@ def in_pipeline(schedule, kinds, own, shared, data):
                              fold=lambda total, loss, micro_batch: total.at[micro_batch].add(loss))
         return jax.tree.map(lambda x: x[None], result)
     each, whole = PartitionSpec("pipe"), PartitionSpec()
-    with jax.set_mesh(mesh):
-        result = jax.jit(jax.shard_map(on_rank, in_specs=(each, whole, whole), out_specs=each, check_vma=False))(
-            jax.tree.map(lambda w: w[stages], own), shared, data)
+    return jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=(each, whole, whole), out_specs=each, check_vma=False))
+
+
+def in_pipeline(schedule, kinds, own, shared, data):
+    """Losses and gradients by the schedule's ranks."""
+    stages = np.array([stages_of(schedule, rank) for rank in range(schedule.ranks)])
+    result = program_on_ranks(schedule, kinds)(jax.tree.map(lambda w: w[stages], own), shared, data)
     of_stages = jax.tree.map(lambda w, g: jnp.zeros_like(w).at[stages].add(g), own, result.own_gradients)
     shared_gradients = jax.tree.map(lambda g: g.sum(axis=0), result.shared_gradients)
     return jnp.sum(result.told, axis=(0, 1)), (of_stages, shared_gradients)
@@ -110,3 +114,23 @@ def test_losses_and_gradients_are_those_of_one_device(name, ranks):
         for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
             # Sums of 20 and more terms of at most a few units, in another order.
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+def test_a_walk_weighs_branches_by_how_often_they_run(name):
+    """Matrix FLOPs of a rank, means over ranks, as the compiled program's walk counts them: of all micro-batches each
+    product three times, in the forward, for inputs and for weights, over the ranks."""
+    ranks, micro_batches = 4, 20
+    with jax.enable_x64(True):
+        schedule = make(name, ranks, micro_batches)
+        kinds = [0, 1, 1, 2]
+        own, shared, data = operands(schedule.stages, micro_batches)
+        stages = np.array([stages_of(schedule, rank) for rank in range(ranks)])
+        text = program_on_ranks(schedule, kinds).lower(jax.tree.map(lambda w: w[stages], own), shared,
+                                                       data).compile().as_text()
+    first, last = make_tables([schedule], kinds).shares()
+    walk = Walk(parse(text), {}, {FIRST_PART: first, LAST_PART: last})
+    counted = sum(times * matrix_flops(computation, line) for computation, line, times in walk.instructions())
+    forward = 2 * ROWS * WIDTH * (schedule.stages * WIDTH + WIDTH + VOCABULARY)
+    assert counted == pytest.approx(3 * forward * micro_batches / ranks, rel=1e-9)
+    assert walk.unknown == []

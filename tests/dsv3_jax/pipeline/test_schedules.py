@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, PipelineSchedule
 from dsv3_jax.pipeline.account import UNIT
 from dsv3_jax.pipeline.schedule import Work, kinds_of, peak_activations, run
 from dsv3_jax.pipeline.schedules import SCHEDULES, fitting_sizes, interleaved, make
 
 PAIRED = ("dualpipe", "dualpipev")
+
+
+def test_settings_name_the_schedules_that_there_are():
+    assert get_args(PipelineSchedule) == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize(("name", "ranks", "micro_batches"), [
