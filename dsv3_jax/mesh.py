@@ -187,7 +187,7 @@ def context_size() -> int:
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps `x` [B, T, ...] split over all devices, its rows over the batch axes and T, if it divides, over context;
     nothing where there is one device, or one device's part."""
-    if _is_one_device():
+    if is_one_device():
         return x
     return jax.lax.with_sharding_constraint(x, _spec_of_tokens(x))
 
@@ -203,7 +203,7 @@ def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
 
     What enters whole, such as weights, has its gradient summed over the devices: hence check_vma is off.
     """
-    if _is_one_device():
+    if is_one_device():
         return function
     return jax.shard_map(function, axis_names=_automatic_axes(), in_specs=in_specs, out_specs=out_specs,
                          check_vma=False)
@@ -214,7 +214,7 @@ def _automatic_axes() -> set[str]:
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
 
 
-def _is_one_device() -> bool:
+def is_one_device() -> bool:
     """Whether the code that is traced sees one device's part only: no mesh, a mesh of one, or inside a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or not _automatic_axes()
@@ -239,7 +239,7 @@ def on_own_tokens(function: Callable[[Any, jax.Array], jax.Array], weight: Any, 
 
     The gradient of the weight is summed as its storage asks, see `copy_for_each_device`.
     """
-    if _is_one_device():
+    if is_one_device():
         return function(weight, x_BTD)
     spec = _spec_of_tokens(x_BTD)
 
@@ -256,7 +256,7 @@ def gather_for_compute(state: Any) -> Any:
     backward asks for the spread layout at once, so that the compiler emits a reduce-scatter where it can rather than an
     all-reduce and a slice.
     """
-    if _is_one_device():
+    if is_one_device():
         return state
     mesh = jax.sharding.get_abstract_mesh()
 

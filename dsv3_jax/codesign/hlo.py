@@ -213,9 +213,9 @@ class Walk:
         count = trip_count(self.program, computation, loop)
         if count is not None:
             return count
-        own = loop.op_name.split("/body/")[-1].split("/")
+        own = loop.op_name.split("/body/")[-1]
         for scope, times in self.loops.items():
-            if scope in own:
+            if re.search(rf"\b{scope}\b", own):
                 return times
         if loop.op_name not in self.unknown:
             self.unknown.append(loop.op_name)

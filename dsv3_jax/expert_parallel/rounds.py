@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.expert_parallel.topology import Topology
 from dsv3_jax.mesh import FAST_AXES
-from dsv3_jax.precision.deferral import all_at_once, is_split, later
+from dsv3_jax.precision.deferral import all_at_once, apart
 
 Arrays = tuple[jax.Array, ...]
 OneRound = Callable[..., tuple[jax.Array, jax.Array]]
@@ -165,43 +165,32 @@ def _forward(one_round: OneRound, first: tuple[jax.Array, jax.Array], experts_TK
 
 
 def _backward(one_round: OneRound, saved: tuple, grads: tuple[jax.Array, jax.Array]) -> tuple:
-    needed = *saved, grads[0]
-    if not is_split():
-        return grads, None, None, *_further_gradients(one_round, needed, (True, True))
-    # What gradients of weights take is kept for later, instead of gradients as large as all experts; further rounds,
-    # if there are any, go both times.
-    d_activations, _ = _further_gradients(one_round, needed, (True, False))
-    _, d_weights = _further_gradients(one_round, later(needed), (False, True))
-    return grads, None, None, d_activations, d_weights
+    """Adds the gradients of rounds 1, 2, ... of the plan.
 
-
-def _further_gradients(one_round: OneRound, needed: tuple, wanted: tuple[bool, bool]) -> tuple[Arrays, Arrays]:
-    """Of activations and of weights, as far as wanted, from rounds 1, 2, ... of the plan.
-
-    Args:
-      needed: what `_forward` keeps, and the gradient of the output.
+    Those of weights are not put off, else all of the backward's inputs were kept for them, and there were collectives
+    where a pipeline has products to cover its transfers.
     """
-    experts_TK, plan, activations, weights, grads_TD = needed
-    groups = tuple(group if is_wanted else () for group, is_wanted in zip((activations, weights), wanted, strict=True))
+    experts_TK, plan, *arrays = saved
 
     def add(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         index, total = carry
 
-        def out(groups: tuple[Arrays, Arrays]) -> jax.Array:
-            return one_round(_choices_of(index, experts_TK, plan), *(groups[0] or activations),
-                             *(groups[1] or weights))[0]
+        def out(arrays: list[Arrays]) -> jax.Array:
+            activations, weights = arrays
+            return one_round(_choices_of(index, experts_TK, plan), *activations, *weights)[0]
         with all_at_once():
-            (own,) = jax.vjp(out, groups)[1](grads_TD)
+            (own,) = jax.vjp(out, arrays)[1](grads[0])
         return index + 1, jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, own)
 
-    def further() -> tuple[Arrays, Arrays]:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), groups)
+    def further() -> list[Arrays]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
         with jax.named_scope("further_rounds"):
             _, total = jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, add, (jnp.int32(1), zeros))
-        return jax.tree.map(lambda g, x: g.astype(x.dtype), total, groups)
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), total, arrays)
 
     # With one round, the usual case, the float32 sums of all expert matrices are not even written.
-    return jax.lax.cond(plan.rounds > 1, further, lambda: jax.tree.map(jnp.zeros_like, groups))
+    d_activations, d_weights = jax.lax.cond(plan.rounds > 1, further, lambda: jax.tree.map(jnp.zeros_like, arrays))
+    return grads, None, None, d_activations, apart(d_weights)
 
 
 _add_further_rounds.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ from flax import nnx
 from dsv3_jax.config import Execution, ModelConfig, Recompute
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.attention import MultiHeadLatentAttention
+from dsv3_jax.nn.dual import KEPT, Halves, halves, joined, on_both, run_layers
 from dsv3_jax.nn.grouped_query_attention import GroupedQueryAttention
 from dsv3_jax.nn.linear import FeedForward
 from dsv3_jax.nn.moe import MixtureOfExperts, RouterStats
@@ -24,14 +25,14 @@ from dsv3_jax.precision.recipe import PrecisionRecipe
 # attention and of the dense and shared feed-forward only, so it dispatches again: a routed row is kept by the device it
 # was sent to, num_experts_per_tok times and with the room of the buffers.
 _KEPT_BY_EXPERTS = ("plan", "latent", "query_key_value", "attention_out", "residual", "ffn_inner")
-_KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner"), "experts": _KEPT_BY_EXPERTS,
-         "full": ("plan",)}
+_KEPT = {"paper": (*_KEPT_BY_EXPERTS, "dispatched", "expert_inner", KEPT), "experts": (*_KEPT_BY_EXPERTS, KEPT),
+         "full": ("plan", KEPT)}
 
 SHORT_STACK = 4
 """Up to this many layers a stack is unrolled: a scan copies every layer's residuals into stacked arrays and back,
 which took 15% of the quickstart's step on CPU."""
 LAYERS_AT_ONCE = 2
-"""Of longer stacks that run two halves of a batch: what the last exchange of one layer waits for is in the next."""
+"""Of stacks that run two halves of a batch: beside the last exchange of the group there is less to compute."""
 
 
 def recomputed(function: Callable, recompute: Recompute) -> Callable:
@@ -91,12 +92,31 @@ def run_stack(blocks: Block, hidden_BTD: jax.Array, positions_T: jax.Array,
               execution: Execution) -> tuple[jax.Array, RouterStats | None]:
     """Runs a stack of blocks; statistics gain a leading layer dimension."""
     graphdef, layers = nnx.split(blocks)
+    if execution.dual:
+        return _run_halves(graphdef, layers, hidden_BTD, positions_T, execution)
     short = len(jax.tree.leaves(layers)[0]) <= SHORT_STACK
-    layer = layer_of(graphdef, positions_T, execution)
-    if not execution.dual:
-        return jax.lax.scan(layer, hidden_BTD, layers, unroll=short)
-    both, stats = jax.lax.scan(layer, halves(hidden_BTD), layers, unroll=short or LAYERS_AT_ONCE)
-    return joined(both), stats
+    return jax.lax.scan(layer_of(graphdef, positions_T, execution), hidden_BTD, layers, unroll=short)
+
+
+def _run_halves(graphdef: nnx.GraphDef, layers: nnx.State, hidden_BTD: jax.Array, positions_T: jax.Array,
+                execution: Execution) -> tuple[jax.Array, RouterStats | None]:
+    """A few layers at a time, see `LAYERS_AT_ONCE`."""
+    def some(both: Halves, group: nnx.State) -> tuple[Halves, RouterStats | None]:
+        weights = [jax.tree.map(lambda x: x[number], group) for number in range(len(jax.tree.leaves(group)[0]))]  # noqa: B023
+        both, stats = run_layers(lambda positions_T: layer_of(graphdef, positions_T, execution), both, weights,
+                                 positions_T)
+        return both, jax.tree.map(lambda *each: jnp.stack(each), *stats)
+    count = len(jax.tree.leaves(layers)[0])
+    groups, rest = divmod(count, LAYERS_AT_ONCE)
+    both, parts = halves(hidden_BTD), []
+    if groups:
+        whole = jax.tree.map(lambda x: x[:count - rest].reshape(groups, LAYERS_AT_ONCE, *x.shape[1:]), layers)
+        both, stats = jax.lax.scan(some, both, whole, unroll=groups == 1)
+        parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats))
+    if rest:
+        both, stats = some(both, jax.tree.map(lambda x: x[count - rest:], layers))
+        parts.append(stats)
+    return joined(both), jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
 def layer_of(graphdef: nnx.GraphDef, positions_T: jax.Array, execution: Execution) -> Callable:
@@ -106,30 +126,3 @@ def layer_of(graphdef: nnx.GraphDef, positions_T: jax.Array, execution: Executio
         block = nnx.merge(graphdef, gather_for_compute(layer))
         return on_both(lambda hidden_BTD: block(hidden_BTD, positions_T, execution), hidden)
     return recomputed(step, execution.recompute)
-
-
-Halves = tuple[jax.Array, jax.Array]
-"""Every other sequence of a batch, [B/2, T, ...] each: two micro-batches that depend on each other in nothing, so that
-one's exchanges can run while the other computes (paper 1, section 2.3.1; paper 2, section 3.4)."""
-
-
-def halves(x_BTD: jax.Array) -> Halves:
-    """Each device has as many sequences of one as of the other."""
-    pairs = x_BTD.reshape(-1, 2, *x_BTD.shape[1:])
-    return constrain_batch(pairs[:, 0]), constrain_batch(pairs[:, 1])
-
-
-def joined(both: Halves) -> jax.Array:
-    """The batch again."""
-    pairs = jnp.stack(both, axis=1)
-    return constrain_batch(pairs.reshape(-1, *pairs.shape[2:]))
-
-
-def on_both(function: Callable[[jax.Array], tuple[jax.Array, RouterStats | None]], hidden: jax.Array | Halves) -> Any:
-    """`function` of a batch, or of its halves, with the statistics of the whole."""
-    if isinstance(hidden, jax.Array):
-        return function(hidden)
-    (one, stats), (other, other_stats) = (function(half) for half in hidden)
-    if stats is None or other_stats is None:
-        return (one, other), None
-    return (one, other), stats.with_other_half(other_stats)

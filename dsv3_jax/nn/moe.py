@@ -45,6 +45,11 @@ class RouterStats(NamedTuple):
                            jnp.maximum(self.rounds, other.rounds),
                            jax.tree.map(jnp.add, self.traffic, other.traffic))
 
+    def over_devices(self) -> RouterStats:
+        """Of all, from those of each: leaves have a leading dimension."""
+        return RouterStats(jnp.sum(self.load_E, axis=0), jnp.mean(self.balance_loss), jnp.max(self.rounds),
+                           jax.tree.map(jnp.sum, self.traffic))
+
 
 class RoutedExperts(nnx.Module):
     """The experts' weights, stacked, and their evaluation for routed tokens."""

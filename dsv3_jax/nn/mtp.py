@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.nn.block import Block, halves, joined, on_both
+from dsv3_jax.nn.block import Block, layer_of
+from dsv3_jax.nn.dual import halves, joined, run_layers
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.nn.norm import RMSNorm
@@ -34,9 +35,12 @@ class MTPModule(nnx.Module):
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """Previous depth's h and the embeddings k tokens ahead -> (h^k before `norm`, routing statistics)."""
         inputs_BTD = self.join(hidden_BTD, ahead_BTD)
-        out, stats = on_both(lambda hidden_BTD: self.block(hidden_BTD, positions_T, execution),
-                             halves(inputs_BTD) if execution.dual else inputs_BTD)
-        return (joined(out) if execution.dual else out), stats
+        if not execution.dual:
+            return self.block(inputs_BTD, positions_T, execution)
+        graphdef, weights = nnx.split(self.block)
+        both, (stats,) = run_layers(lambda positions_T: layer_of(graphdef, positions_T, execution), halves(inputs_BTD),
+                                    [weights], positions_T)
+        return joined(both), stats
 
     def join(self, hidden_BTD: jax.Array, ahead_BTD: jax.Array) -> jax.Array:
         """M [norm(Emb); norm(h)], what the module's layer reads: [B, T, D]."""

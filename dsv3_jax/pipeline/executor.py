@@ -9,6 +9,7 @@ arrays of the same shape and type take each other's places.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.interpreters.partial_eval import dce_jaxpr
 
+from dsv3_jax.expert_parallel.overlap import Pull, Task, side_by_side
 from dsv3_jax.pipeline.tables import Program
 from dsv3_jax.precision.deferral import Halves, split
 
@@ -156,13 +158,14 @@ class _Kind(NamedTuple):
 
     @property
     def soon(self) -> list[int]:
-        """Weights whose gradients the first half has: of norms and the router, and of the output head."""
-        return [self.trained[output - 1] for output in self.backward.early if output]
+        """Weights whose gradients the first half has: of norms and the router, of the output head, and of experts what
+        further rounds of dispatch add."""
+        return [self.trained[output - 1] for output in self.backward.early[1:]]
 
     @property
     def late(self) -> list[int]:
-        """The others."""
-        return [place for output, place in enumerate(self.trained, 1) if output not in self.backward.early]
+        """Those whose gradients the second half has."""
+        return [self.trained[output - 1] for output in self.backward.late]
 
 
 def _compile_kind(stage: Stage, run: _Run) -> _Kind:
@@ -170,7 +173,7 @@ def _compile_kind(stage: Stage, run: _Run) -> _Kind:
     chunk = jnp.int32(0)
     arguments = (run.of_chunk(chunk), jnp.zeros(run.hidden.shape, run.hidden.dtype), _at(run.micro_batches, chunk))
     trained = _trained(stage, run, *arguments)
-    statics: list[tuple] = []
+    statics: list[tuple[Pull, Any]] = []
 
     def differentiated(weights: list[jax.Array], hidden: jax.Array, micro_batch: Any) -> tuple:
         def call(chosen: list[jax.Array], hidden: jax.Array) -> tuple:
@@ -182,16 +185,15 @@ def _compile_kind(stage: Stage, run: _Run) -> _Kind:
         chosen = [weights[place] for place in trained]
         made: tuple = jax.vjp(call, chosen, hidden, has_aux=True)
         (output, loss), pull, told = made
-        leaves, tree = jax.tree.flatten(pull)
-        sources, kept = _without(leaves, chosen)
-        statics.append((tree, sources, loss.dtype))
-        return output, told, kept
+        without_weights = Pull.of(pull, chosen)
+        statics.append((dataclasses.replace(without_weights, kept=[]), loss.dtype))
+        return output, told, without_weights.kept
     output, told, kept = jax.eval_shape(differentiated, *arguments)
-    tree, sources, loss_dtype = statics[0]
+    pull, loss_dtype = statics[0]
 
     def backward(gradient: jax.Array, *values: jax.Array) -> list[jax.Array]:
-        pull = jax.tree.unflatten(tree, [values[source] for source in sources])
-        d_weights, d_hidden = pull((gradient, jnp.ones((), loss_dtype)))
+        own, kept = values[:len(trained)], list(values[len(trained):])
+        d_weights, d_hidden = dataclasses.replace(pull, kept=kept)(own, (gradient, jnp.ones((), loss_dtype)))
         return [d_hidden, *d_weights]
     halves = split(backward, output, *(arguments[0][place] for place in trained), *kept)
     first = jax.eval_shape(halves.first, output, *(arguments[0][place] for place in trained), *kept)
@@ -210,17 +212,6 @@ def _trained(stage: Stage, run: _Run, weights: list[jax.Array], hidden: jax.Arra
     _, used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     return tuple(place for place, (weight, is_used) in enumerate(zip(weights, used, strict=True))
                  if is_used and jnp.issubdtype(weight.dtype, jnp.floating))
-
-
-def _without(leaves: list[jax.Array], weights: list[jax.Array]) -> tuple[list[int], list[jax.Array]]:
-    """Where each leaf is to be found again, and what to keep so that it is: everything once, weights not at all."""
-    places = {id(weight): place for place, weight in enumerate(weights)}
-    kept: list[jax.Array] = []
-    for leaf in leaves:
-        if id(leaf) not in places:
-            places[id(leaf)] = len(weights) + len(kept)
-            kept.append(leaf)
-    return [places[id(leaf)] for leaf in leaves], kept
 
 
 class _Pool(NamedTuple):
@@ -270,20 +261,29 @@ def _first_part(run: _Run, kinds: list[_Kind], kept: _Pool, put_off: _Pool, told
     nothing = jnp.zeros(run.hidden.shape, run.hidden.dtype)
     soon = {place for kind in kinds for place in kind.soon}
 
+    def forwards(number: int) -> Task:
+        kind = kinds[number]
+        return Task(lambda weights, values: kind.forward(weights, *values), run.of_chunk(row.forward_chunk),
+                    (_at(state.inputs, row.forward_input), _at(run.micro_batches, row.forward_micro_batch)))
+
+    def backwards(number: int) -> Task:
+        kind, weights = kinds[number], run.of_chunk(row.backward_chunk)
+        return Task(lambda weights, values: kind.backward.first(values[0], *weights, *values[1]),
+                    [weights[place] for place in kind.trained],
+                    (_at(state.gradients, row.backward_gradient), kept.read(number, state.kept, row.backward_stash)))
+
     def branch(forward: int | None, backward: int | None) -> Callable[[dict[int, jax.Array]], tuple]:
         def work(sums: dict[int, jax.Array]) -> tuple[_Made, dict[int, jax.Array]]:
             made = _Made(nothing, nothing, _at(state.kept, row.forward_stash), _at(state.put_off, row.backward_put_off),
                          told)
+            tasks = [*([] if forward is None else [forwards(forward)]),
+                     *([] if backward is None else [backwards(backward)])]
+            results = side_by_side(*tasks)
             if forward is not None:
-                output, new_told, arrays = kinds[forward].forward(
-                    run.of_chunk(row.forward_chunk), _at(state.inputs, row.forward_input),
-                    _at(run.micro_batches, row.forward_micro_batch))
+                output, new_told, arrays = results[0]
                 made = made._replace(output=output, told=new_told, kept=kept.slot(forward, arrays))
             if backward is not None:
-                kind, gradient = kinds[backward], _at(state.gradients, row.backward_gradient)
-                weights = run.of_chunk(row.backward_chunk)
-                first = kind.backward.first(gradient, *(weights[place] for place in kind.trained),
-                                            *kept.read(backward, state.kept, row.backward_stash))
+                kind, first, gradient = kinds[backward], results[-1], tasks[-1].values[0]
                 early = len(kind.backward.early)
                 later = [*first[early:], *([gradient] if 0 in kind.backward.reads else [])]
                 made = made._replace(gradient=first[0], put_off=put_off.slot(backward, later))

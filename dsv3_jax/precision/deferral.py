@@ -2,7 +2,7 @@
 
 A linear layer's backward passes what it needs for the weight through `later`. `split` cuts a backward there: what
 depends on marked values runs in the second part, all else in the first. In a backward that nobody splits `later` does
-nothing.
+nothing. A gradient that is there early, and is only added to what comes later, goes through `apart`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.core import gensym
 from jax._src.interpreters.partial_eval import dce_jaxpr, partial_eval_jaxpr_custom
-from jax.extend.core import ClosedJaxpr, Primitive, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import batching, mlir, partial_eval
 
 _marking = contextvars.ContextVar("marking", default=False)
 
-_later = Primitive("later")
-_later.def_impl(lambda x: x)
-_later.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_later, lambda ctx, x: [x])
-batching.defvectorized(_later)
+
+
+def _mark_named(name: str) -> Primitive:
+    """An operation that does nothing."""
+    mark = Primitive(name)
+    mark.def_impl(lambda x: x)
+    mark.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(mark, lambda ctx, x: [x])
+    batching.defvectorized(mark)
+    return mark
+
+
+_later, _apart = _mark_named("later"), _mark_named("apart")
 
 
 def _cut(saveable: Any, unknown: Sequence[bool], available: Sequence[bool], equation: Any) -> tuple:
@@ -40,9 +49,10 @@ def later(values: Any) -> Any:
     return jax.tree.map(_later.bind, values) if _marking.get() else values
 
 
-def is_split() -> bool:
-    """Whether what is traced now will be cut at marks."""
-    return _marking.get()
+def apart(gradients: Any) -> Any:
+    """Parts of gradients, any tree of arrays, that the first part of a split backward gives by themselves. They must be
+    added to the rest as they are."""
+    return jax.tree.map(_apart.bind, gradients) if _marking.get() else gradients
 
 
 @contextlib.contextmanager
@@ -71,9 +81,11 @@ class Halves(NamedTuple):
     first: Callable[..., list[jax.Array]]
     """All inputs -> the outputs at `early`, then what the second part needs besides inputs."""
     second: Callable[..., list[jax.Array]]
-    """What `first` gave after the early outputs, then the inputs at `reads` -> the other outputs."""
+    """What `first` gave after the early outputs, then the inputs at `reads` -> the outputs at `late`."""
     early: tuple[int, ...]
-    """Outputs of the first part."""
+    """Which outputs those are. One may be there again, or at `late` as well: then its parts are to be added."""
+    late: tuple[int, ...]
+    """The outputs of the second part."""
     reads: tuple[int, ...]
     """Inputs that the second part needs."""
 
@@ -82,7 +94,8 @@ def split(function: Callable[..., Sequence[jax.Array]], *inputs: jax.Array | jax
     """Cuts `function`, of these shapes, where it passes values through `later`."""
     with _mark(True):
         traced = jax.make_jaxpr(function)(*inputs)
-    whole, none = traced.jaxpr, [False] * len(inputs)
+    whole, owners = _with_addends(traced.jaxpr)
+    none = [False] * len(inputs)
     first, second, is_late, is_in_second, _ = partial_eval_jaxpr_custom(whole, none, none, False, False, _is_kept)
     second, read = dce_jaxpr(second, [late for late, there in zip(is_late, is_in_second, strict=True) if there])
     early = len(whole.outvars) - sum(is_late)
@@ -102,8 +115,61 @@ def split(function: Callable[..., Sequence[jax.Array]], *inputs: jax.Array | jax
         made = sum(var not in places for var in carried)
         own, given = iter(values[:made]), iter(values[made:])
         return run_second(*(next(given) if var in places else next(own) for var in carried))
-    return Halves(first_part, second_part, tuple(i for i, late in enumerate(is_late) if not late),
-                  tuple(places[var] for var in carried if var in places))
+    is_of = list(zip(owners, is_late, strict=True))
+    return Halves(first_part, second_part, tuple(owner for owner, late in is_of if not late),
+                  tuple(owner for owner, late in is_of if late), tuple(places[var] for var in carried if var in places))
+
+
+_REMAT = ("checkpoint", "remat", "remat2")
+
+
+def _with_addends(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
+    """With addends that are marked as further outputs; and which output each is, or is part of.
+
+    Raises:
+      ValueError: something is marked that is not just added to an output.
+    """
+    extended, further = _taken_apart(jaxpr)
+    if len(further) != _marks(jaxpr):
+        raise ValueError("a gradient that goes through `apart` is more than an addend of an output")
+    return extended, [*range(len(jaxpr.outvars)), *further]
+
+
+def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
+    """With marked addends as further outputs, and whose they are."""
+    equations = list(jaxpr.eqns)
+    makers = {var: number for number, equation in enumerate(equations) for var in equation.outvars}
+    inside: dict[Var, list[Var]] = {}  # addends that a recomputed function gives of its own
+    new = gensym()
+    for number, equation in enumerate(equations):
+        if equation.primitive.name in _REMAT:
+            inner, further = _taken_apart(equation.params["jaxpr"])
+            fresh = [new(var.aval) for var in inner.outvars[len(equation.outvars):]]
+            for owner, var in zip(further, fresh, strict=True):
+                inside.setdefault(equation.outvars[owner], []).append(var)
+            equations[number] = equation.replace(outvars=[*equation.outvars, *fresh],
+                                                 params={**equation.params, "jaxpr": inner})
+    outputs, addends, owners = list(jaxpr.outvars), [], []
+    for place, var in enumerate(outputs):
+        while var in makers and equations[makers[var]].primitive.name == "add_any":
+            operands = equations[makers[var]].invars
+            marked = [x for x in operands if x in makers and equations[makers[x]].primitive is _apart]
+            if not marked:
+                break
+            addends.append(marked[0])
+            owners.append(place)
+            var = operands[1] if operands[0] is marked[0] else operands[0]
+        outputs[place] = var
+        for addend in inside.get(var, []):
+            addends.append(addend)
+            owners.append(place)
+    return jaxpr.replace(eqns=equations, outvars=[*outputs, *addends],
+                         debug_info=jaxpr.debug_info.with_unknown_names()), owners
+
+
+def _marks(jaxpr: Jaxpr) -> int:
+    return sum(_marks(equation.params["jaxpr"]) if equation.primitive.name in _REMAT
+               else equation.primitive is _apart for equation in jaxpr.eqns)
 
 
 def _passed_on(jaxpr: Any) -> dict[Any, Any]:
@@ -111,7 +177,7 @@ def _passed_on(jaxpr: Any) -> dict[Any, Any]:
     where it comes from."""
     sources: dict[Any, Any] = {}
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("checkpoint", "remat", "remat2"):
+        if equation.primitive.name in _REMAT:
             inner = equation.params["jaxpr"]
             arguments, inside = dict(zip(inner.invars, equation.invars, strict=True)), _passed_on(inner)
             for outer, result in zip(equation.outvars, inner.outvars, strict=True):

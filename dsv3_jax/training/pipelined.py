@@ -20,7 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, check_batch, on_each_device, shardings
-from dsv3_jax.nn.block import halves, joined, layer_of, recomputed
+from dsv3_jax.nn.block import layer_of, recomputed
+from dsv3_jax.nn.dual import halves, joined
 from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, run_prediction_modules
 from dsv3_jax.nn.moe import RouterStats
 from dsv3_jax.pipeline.executor import Stage, run_program

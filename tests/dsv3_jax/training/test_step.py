@@ -176,8 +176,9 @@ def _three_steps(**changes):
     changes = {k: (MeshConfig(**dict(v)) if k == "mesh" else BatchConfig(**dict(v)) if k == "batch" else v)
                for k, v in changes.items()}
     config = dataclasses.replace(SMALL_RUN, **changes)
-    devices = jax.devices()[:8 if config.mesh.expert_parallel > 1 or config.mesh.data else 1]
-    mesh = make_mesh(config.mesh, devices)
+    mesh = config.mesh
+    devices = jax.devices()[:mesh.data * mesh.expert_parallel if mesh.data else 8 if mesh.expert_parallel > 1 else 1]
+    mesh = make_mesh(mesh, devices)
     step, batch = compile_train_step(config, mesh), config.batch
     state = jax.device_put(_first_state(config.model), state_shardings(config, mesh))
     columns = batch.sequence_length + 1 + config.model.num_nextn_predict_layers
@@ -197,9 +198,12 @@ def _three_steps(**changes):
     # Sequences are shared in the layout above too.
     pytest.param({"mesh": (("context", 8),)}, marks=pytest.mark.slow),
     {"batch": (("sequences", 8), ("sequence_length", 16), ("micro_batches", 4))},
-    {"mesh": (("scale_out", 2), ("data", 2), ("context", 2), ("dual", True)), "model": PREDICTING},
+    {"mesh": (("data", 1), ("scale_out", 2), ("scale_up", 2), ("zero", "full"), ("dual", True)), "model": PREDICTING,
+     "recompute": "full"},
+    pytest.param({"mesh": (("scale_out", 2), ("data", 2), ("context", 2), ("dual", True)), "model": PREDICTING},
+                 marks=pytest.mark.slow),
 ], ids=["expert parallel in rounds", "fully sharded, shared sequences", "one sequence over all devices",
-        "four micro-batches", "two halves at once"])
+        "four micro-batches", "two halves at once", "two halves at once, shared sequences"])
 def test_layout_changes_no_step(changes):
     """Losses within float32 rounding; weights after three steps within Adam's amplification of it."""
     plain, plain_state = _three_steps(**{k: v for k, v in changes.items() if k == "model"})
