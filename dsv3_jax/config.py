@@ -247,7 +247,7 @@ class MeshConfig:
     LogFMT with so many bits (paper 1, section 3.2). Without other devices nothing travels."""
     dual: bool = False
     """Runs each layer on two halves of a micro-batch, so that one's exchanges run while the other computes (paper 1,
-    section 2.3.1). Each device needs an even number of sequences."""
+    section 2.3.1). Each device needs an even number of sequences. With context the order is left to the compiler."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 
@@ -267,6 +267,11 @@ class MeshConfig:
     def gathers_by_layer(self) -> bool:
         """Whether the whole model's weights stay spread until a layer uses them."""
         return self.zero == "full" or self.pipe > 1
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step has exchanges beside computing, in an order that it asks for."""
+        return self.dual or self.pipe > 1
 
     @property
     def expert_parallel(self) -> int:

@@ -197,6 +197,19 @@ def _spec_of_tokens(x: jax.Array) -> PartitionSpec:
     return TOKENS if divides else PartitionSpec(BATCH_AXES)
 
 
+COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
+    # An all-to-all of a slice would be waited for.
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    # A pipeline's transfers are four permutations, which would run one by one. The scheduler would stay below 76% of
+    # the memory, and compute things twice for that: it may use 92%.
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4, "xla_gpu_memory_limit_slop_factor": 115}}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
+    """For programs whose exchanges are to run beside computing."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+
+
 def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` of one device's parts, run by every device of the mesh in use (`jax.shard_map`); without a mesh, or on
     one device, `function` itself.

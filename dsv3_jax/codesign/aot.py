@@ -35,7 +35,7 @@ from dsv3_jax.codesign.memory import state_bytes
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
 from dsv3_jax.config import RunConfig
 from dsv3_jax.nn.moe import expert_tile
-from dsv3_jax.pipeline.executor import FIRST_PART, LAST_PART
+from dsv3_jax.pipeline.executor import FIRST_PART, LAST_PART, LOOP
 from dsv3_jax.training.pipelined import check_step, cut_of, program_of
 from dsv3_jax.training.step import compile_train_step
 
@@ -182,8 +182,8 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
     at_once = tokens / batch.micro_batches * config.mesh.pipe
     rows = at_once * config.model.num_experts_per_tok
     tile = expert_tile(rows * config.mesh.expert_parallel / config.model.n_routed_experts)
-    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile},
-                _choices(config))
+    walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile,
+                              LOOP: _ticks(config)}, _choices(config))
     flops = _flops(walk, config, at_once)
     peak_rate = {form: kind.peak_flops.get(form, kind.peak_flops["bf16"]) for form in ("bf16", "fp8")}
     compute = sum(flops.by_format[form] / peak_rate[form] for form in flops.by_format)
@@ -214,6 +214,11 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
         scheduled_seconds=scheduled, mfu_floor=model * tokens / peak_rate["bf16"] / floor,
         mfu_scheduled=model * tokens / peak_rate["bf16"] / scheduled, counted_once=walk.unknown,
         versions=_versions(pod))
+
+
+def _ticks(config: RunConfig) -> int:
+    """Of a pipeline, with the whole batch."""
+    return 1 if config.mesh.pipe == 1 else program_of(cut_of(config)).ticks[0]
 
 
 def _choices(config: RunConfig) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ PRODUCTS = frozenset({"fp8_matmul", "fp8_wgrad", "grouped_fp8_matmul", "grouped_
 """Functions of `pallas_kernels` that are one product, whatever is inside."""
 SLOW_BYTE = 4.0
 """What a byte on the slow network counts for: NVLink has 200 GB/s where a NIC has 50 (paper 1, section 4.3)."""
-LEAST = 0.05
+LEAST = 0.01
 """An exchange that sends less, as part of what the largest does, is none: scales, the plan's few integers."""
 
 Value = int | Literal

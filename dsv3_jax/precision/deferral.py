@@ -149,18 +149,20 @@ def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
                 inside.setdefault(equation.outvars[owner], []).append(var)
             equations[number] = equation.replace(outvars=[*equation.outvars, *fresh],
                                                  params={**equation.params, "jaxpr": inner})
-    outputs, addends, owners = list(jaxpr.outvars), [], []
-    for place, var in enumerate(outputs):
-        while var in makers and equations[makers[var]].primitive.name == "add_any":
-            operands = equations[makers[var]].invars
+    outputs: list[Any] = list(jaxpr.outvars)
+    addends, owners = [], []
+    for place in range(len(outputs)):
+        last: Any = outputs[place]
+        while last in makers and equations[makers[last]].primitive.name == "add_any":
+            operands = equations[makers[last]].invars
             marked = [x for x in operands if x in makers and equations[makers[x]].primitive is _apart]
             if not marked:
                 break
             addends.append(marked[0])
             owners.append(place)
-            var = operands[1] if operands[0] is marked[0] else operands[0]
-        outputs[place] = var
-        for addend in inside.get(var, []):
+            last = operands[1] if operands[0] is marked[0] else operands[0]
+        outputs[place] = last
+        for addend in inside.get(last, []):
             addends.append(addend)
             owners.append(place)
     return jaxpr.replace(eqns=equations, outvars=[*outputs, *addends],

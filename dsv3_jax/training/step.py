@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
-from dsv3_jax.mesh import batch_sharding, gather_for_compute
+from dsv3_jax.mesh import batch_sharding, compiler_options, gather_for_compute
 from dsv3_jax.nn.model import model_structure
 from dsv3_jax.precision.recipe import compute_weights
 from dsv3_jax.training.loss import Losses, training_losses
@@ -125,7 +125,8 @@ def compile_train_step(config: RunConfig, mesh: Mesh) -> Any:
     tokens = jax.ShapeDtypeStruct((batch.micro_batches, batch.micro_batch, batch.sequence_length + 1 + depth),
                                   jnp.int32, sharding=batch_sharding(mesh, leading=1))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    options = compiler_options(mesh) if config.mesh.overlaps else {}
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
         return step.lower(abstract_state(config, mesh), tokens, jax.ShapeDtypeStruct((), jnp.int32),
-                          StepSettings(scalar, scalar, scalar)).compile()
+                          StepSettings(scalar, scalar, scalar)).compile(options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.precision.deferral import all_at_once, later, split
+from dsv3_jax.precision.deferral import all_at_once, apart, later, split
 from dsv3_jax.precision.linear import linear, swiglu_linear
 from dsv3_jax.precision.recipe import RECIPES
 
@@ -115,3 +115,39 @@ def test_layers_mark_their_weights(precision, product):
     weight = jnp.ones((256, 128), jnp.bfloat16)
     backward, kept = backward_of(lambda weight, x: product(x, weight, recipe), weight, x)
     assert split(backward, jnp.ones((128, 128), jnp.bfloat16), *kept).early == (1,)
+
+
+@jax.custom_vjp
+def penalty(weights):
+    return jnp.sum(weights ** 2)
+
+
+penalty.defvjp(lambda weights: (penalty(weights), weights), lambda weights, g: (apart(2 * g * weights),))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_an_addend_comes_early_and_by_itself(recompute):
+    def run(weights, hidden):
+        return jnp.tanh(linear(hidden, weights, None)) + penalty(weights)
+    _, hidden, gradient = operands()
+    weights = operands()[0][1][0]
+    backward, kept = backward_of(jax.checkpoint(run) if recompute else run, weights, hidden)
+    halves = split(backward, gradient, *kept)
+    assert sorted(halves.early) == [0, 1]
+    assert halves.late == (0,)
+    first = halves.first(gradient, *kept)
+    early = dict(zip(halves.early, first, strict=False))
+    (late,) = halves.second(*first[2:], *((gradient, *kept)[place] for place in halves.reads))
+    d_weights, d_hidden = backward(gradient, *kept)
+    np.testing.assert_array_equal(early[1], d_hidden)
+    np.testing.assert_array_equal(early[0], 2 * jnp.sum(gradient) * weights)
+    np.testing.assert_allclose(early[0] + late, d_weights, rtol=1e-6)
+
+
+def test_an_addend_that_is_more_is_refused():
+    _, hidden, gradient = operands()
+    weights = operands()[0][1][0]
+    backward, kept = backward_of(lambda weights, hidden: linear(hidden, weights, None) + penalty(3 * weights), weights,
+                                 hidden)
+    with pytest.raises(ValueError, match="more than an addend"):
+        split(backward, gradient, *kept)
