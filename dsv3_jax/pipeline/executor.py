@@ -135,11 +135,11 @@ class _Run(NamedTuple):
 
     def add(self, sums: dict[int, jax.Array], places: list[int], gradients: Sequence[jax.Array],
             chunk: jax.Array) -> dict[int, jax.Array]:
-        """Sums with the gradients of the weights at these places."""
+        """Sums with the gradients of the weights at these places, some of which may be there again."""
         new = dict(sums)
         for place, gradient in zip(places, gradients, strict=True):
-            gradient = gradient.astype(sums[place].dtype)
-            new[place] = sums[place].at[chunk].add(gradient) if place < self.own else sums[place] + gradient
+            gradient = gradient.astype(new[place].dtype)
+            new[place] = new[place].at[chunk].add(gradient) if place < self.own else new[place] + gradient
         return new
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.ad_util import add_jaxvals_p
 from jax._src.core import gensym
 from jax._src.interpreters.partial_eval import dce_jaxpr, partial_eval_jaxpr_custom
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, Var, jaxpr_as_fun
@@ -138,8 +139,7 @@ def _with_addends(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
 def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
     """With marked addends as further outputs, and whose they are."""
     equations = list(jaxpr.eqns)
-    makers = {var: number for number, equation in enumerate(equations) for var in equation.outvars}
-    inside: dict[Var, list[Var]] = {}  # addends that a recomputed function gives of its own
+    inside: dict[Any, list[Var]] = {}  # addends that a recomputed function gives of its own
     new = gensym()
     for number, equation in enumerate(equations):
         if equation.primitive.name in _REMAT:
@@ -149,22 +149,28 @@ def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
                 inside.setdefault(equation.outvars[owner], []).append(var)
             equations[number] = equation.replace(outvars=[*equation.outvars, *fresh],
                                                  params={**equation.params, "jaxpr": inner})
-    outputs: list[Any] = list(jaxpr.outvars)
-    addends, owners = [], []
-    for place in range(len(outputs)):
-        last: Any = outputs[place]
-        while last in makers and equations[makers[last]].primitive.name == "add_any":
-            operands = equations[makers[last]].invars
-            marked = [x for x in operands if x in makers and equations[makers[x]].primitive is _apart]
-            if not marked:
-                break
-            addends.append(marked[0])
-            owners.append(place)
-            last = operands[1] if operands[0] is marked[0] else operands[0]
-        outputs[place] = last
-        for addend in inside.get(last, []):
-            addends.append(addend)
-            owners.append(place)
+    makers = {var: equation for equation in equations for var in equation.outvars}
+
+    def rest_and_addends(var: Any) -> tuple[Any, list[Var]]:
+        """The sum without marked addends, None if they are all; and those."""
+        maker = makers.get(var) if isinstance(var, Var) else None
+        if maker is None or maker.primitive not in (_apart, add_jaxvals_p):
+            return var, inside.get(var, [])
+        if maker.primitive is _apart:
+            return None, [var]
+        (one, first), (other, second) = map(rest_and_addends, maker.invars)
+        if one is None or other is None:
+            return (other if one is None else one), [*first, *second]
+        if (one, other) == tuple(maker.invars):
+            return var, [*first, *second]
+        equations.append(maker.replace(invars=[one, other], outvars=[new(var.aval)]))
+        return equations[-1].outvars[0], [*first, *second]
+    outputs, addends, owners = [], [], []
+    for place, output in enumerate(jaxpr.outvars):
+        rest, own = rest_and_addends(output)
+        outputs.append(output if rest is None else rest)
+        addends += own if rest is not None else []
+        owners += [place] * (len(own) if rest is not None else 0)
     return jaxpr.replace(eqns=equations, outvars=[*outputs, *addends],
                          debug_info=jaxpr.debug_info.with_unknown_names()), owners
 

@@ -92,14 +92,21 @@ def test_a_step_is_that_of_one_device(schedule, ranks, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["experts", "paper"])
-def test_experts_are_spread_in_each_stage(recompute):
-    """Over two nodes of two devices."""
-    config = dataclasses.replace(in_pipeline("dualpipe", 2, scale_out=2, scale_up=2), recompute=recompute)
-    plain = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=1), recompute="none")
+@pytest.mark.parametrize(("recompute", "mesh"), [
+    ("experts", {}), ("paper", {}), ("full", {"capacity_factor": 1.0}),
+    ("paper", {"capacity_factor": 1.0, "dual": True})],
+    ids=["experts", "paper", "full, in rounds", "paper, in rounds, two halves"])
+def test_experts_are_spread_in_each_stage(recompute, mesh):
+    """Over two nodes of two devices; forwards run beside backwards."""
+    config = dataclasses.replace(in_pipeline("dualpipe", 2, scale_out=2, scale_up=2, **mesh), recompute=recompute)
+    if "dual" in mesh:  # two sequences a device
+        config = dataclasses.replace(config, batch=dataclasses.replace(RUN.batch, sequences=8 * MICRO_BATCHES))
+    plain = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=1, dual=False), recompute="none")
     got, want = steps(config), steps(plain)
     assert_same(got, want, losses=1e-6, weights=1e-4)
-    assert all(float(a) == float(b) for a, b in zip(got[0][0].traffic, want[0][0].traffic, strict=True))
+    assert (int(got[0][0].dispatch_rounds) > 1) == ("capacity_factor" in mesh)
+    if "dual" not in mesh:  # halves have buffers, and so rounds, of their own
+        assert all(float(a) == float(b) for a, b in zip(got[0][0].traffic, want[0][0].traffic, strict=True))
 
 
 @pytest.mark.slow
