@@ -174,6 +174,8 @@ def compiled_layouts() -> dict[str, tuple[Predicted, dict[str, Any]]]:
     for path in sorted(PODS.glob("*.json")):
         report = json.loads(path.read_text())
         config = dataclasses.replace(RUNS[report["preset"]], precision=report["precision"])
+        if config.mesh.pipe > 1:  # not calculated
+            continue
         layouts[path.stem] = predict(config, parse_pod(report["pod"])), report
     return layouts
 
