@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax._src import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from dsv3_jax.precision.deferral import RECOMPUTED
+
 EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
 TALKS = EXCHANGES | {"psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant",
                      "all_gather_reduced", "reduce_scatter", "unreduced_reduce_scatter", "ppermute"}
@@ -99,7 +101,7 @@ class _Opened:
                 made: Sequence[Value] = self._line(equation, reads, scope)
             else:
                 within = scope + equation.source_info.name_stack
-                if equation.primitive.name in _RECOMPUTED:
+                if equation.primitive.name in RECOMPUTED:
                     within = within.extend("checkpoint")
                     reads = self._kept_apart(equation, reads)
                 constants = [self._constant(x) for x in inner.consts]
@@ -129,9 +131,8 @@ class _Opened:
         return [x if isinstance(x, Literal) else new[x] for x in reads]
 
 
-_RECOMPUTED = frozenset({"checkpoint", "remat", "remat2"})
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-          "custom_jvp_call": "call_jaxpr", **dict.fromkeys(_RECOMPUTED, "jaxpr")}
+          "custom_jvp_call": "call_jaxpr", **dict.fromkeys(RECOMPUTED, "jaxpr")}
 
 
 def _called(equation: Any) -> ClosedJaxpr | None:

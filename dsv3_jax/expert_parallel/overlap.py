@@ -153,8 +153,8 @@ def _run(parts: Sequence[Sequence[Line]], made: dict[int, Any], free: set[int], 
             made.update(zip(line.makes, line.run([_value(made, x) for x in line.reads]), strict=True))
         if number + 1 < len(parts):
             own = {value for line in part for value in line.makes}
-            waiting = [value for value in made
-                       if value in own & later[number + 1] or value in reads[number + 1] - free]
+            wanted = own & later[number + 1] | reads[number + 1] - free
+            waiting = [value for value in made if value in wanted]
             made.update(zip(waiting, jax.lax.optimization_barrier([made[value] for value in waiting]), strict=True))
 
 

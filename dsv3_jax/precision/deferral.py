@@ -121,7 +121,8 @@ def split(function: Callable[..., Sequence[jax.Array]], *inputs: jax.Array | jax
                   tuple(owner for owner, late in is_of if late), tuple(places[var] for var in carried if var in places))
 
 
-_REMAT = ("checkpoint", "remat", "remat2")
+RECOMPUTED = ("checkpoint", "remat", "remat2")
+"""What JAX calls, and has called, a function that its backward computes again."""
 
 
 def _with_addends(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
@@ -142,7 +143,7 @@ def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
     inside: dict[Any, list[Var]] = {}  # addends that a recomputed function gives of its own
     new = gensym()
     for number, equation in enumerate(equations):
-        if equation.primitive.name in _REMAT:
+        if equation.primitive.name in RECOMPUTED:
             inner, further = _taken_apart(equation.params["jaxpr"])
             fresh = [new(var.aval) for var in inner.outvars[len(equation.outvars):]]
             for owner, var in zip(further, fresh, strict=True):
@@ -176,7 +177,7 @@ def _taken_apart(jaxpr: Jaxpr) -> tuple[Jaxpr, list[int]]:
 
 
 def _marks(jaxpr: Jaxpr) -> int:
-    return sum(_marks(equation.params["jaxpr"]) if equation.primitive.name in _REMAT
+    return sum(_marks(equation.params["jaxpr"]) if equation.primitive.name in RECOMPUTED
                else equation.primitive is _apart for equation in jaxpr.eqns)
 
 
@@ -185,7 +186,7 @@ def _passed_on(jaxpr: Any) -> dict[Any, Any]:
     where it comes from."""
     sources: dict[Any, Any] = {}
     for equation in jaxpr.eqns:
-        if equation.primitive.name in _REMAT:
+        if equation.primitive.name in RECOMPUTED:
             inner = equation.params["jaxpr"]
             arguments, inside = dict(zip(inner.invars, equation.invars, strict=True)), _passed_on(inner)
             for outer, result in zip(equation.outvars, inner.outvars, strict=True):
