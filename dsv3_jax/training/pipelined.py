@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, check_batch, on_each_device, shardings
-from dsv3_jax.nn.block import layer_of, recomputed
+from dsv3_jax.nn.block import layer_of
 from dsv3_jax.nn.dual import halves, joined
 from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, run_prediction_modules
 from dsv3_jax.nn.moe import RouterStats
@@ -179,8 +179,7 @@ class _Stages:
             hidden = joined(through) if config.mesh.dual else through
             main = mtp = jnp.zeros(())
             if layers.last:
-                end = recomputed(self._end, config.recompute)
-                main, mtp, more = end(weights, bias, hidden, ahead, tokens, positions_T)
+                main, mtp, more = self._end(weights, bias, hidden, ahead, tokens, positions_T)
                 stats += [jax.tree.map(lambda x: x[0], of_layer) for of_layer in more]
                 hidden = jnp.zeros_like(hidden)
             for place, of_layer in enumerate(stats):

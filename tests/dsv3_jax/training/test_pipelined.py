@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.core import jaxprs_in_params
 
 from dsv3_jax.config import BatchConfig, ConfigError, MeshConfig, PipelineConfig
 from dsv3_jax.mesh import batch_sharding, make_mesh
 from dsv3_jax.presets import MODELS, RUNS
+from dsv3_jax.training import pipelined
 from dsv3_jax.training.checkpoint import named_leaves
 from dsv3_jax.training.pipelined import cut_of
 from dsv3_jax.training.schedule import StepSettings
@@ -107,6 +109,38 @@ def test_experts_are_spread_in_each_stage(recompute, mesh):
     assert (int(got[0][0].dispatch_rounds) > 1) == ("capacity_factor" in mesh)
     if "dual" not in mesh:  # halves have buffers, and so rounds, of their own
         assert all(float(a) == float(b) for a, b in zip(got[0][0].traffic, want[0][0].traffic, strict=True))
+
+
+class _Counted(Exception):
+    """Ends a trace: what was counted is in the arguments."""
+
+
+def products_of_last_stage(config, monkeypatch):
+    """Matrix products of its forward, and of forward and backward."""
+    def products(jaxpr):
+        return sum(1 if equation.primitive.name == "dot_general" else
+                   sum(products(inner) for inner in jaxprs_in_params(equation.params)) for equation in jaxpr.eqns)
+
+    def count(program, stages, own, shared, micro_batches, hidden, **_):
+        def loss(own, shared):
+            return stages[-1](own, shared, jnp.zeros(hidden.shape, hidden.dtype), micro_batch)[0][1]
+        own, micro_batch = jax.tree.map(lambda x: x[0], (own, micro_batches))
+        raise _Counted(*(products(jax.make_jaxpr(function)(own, shared).jaxpr)
+                         for function in (loss, jax.grad(loss, argnums=(0, 1)))))
+    monkeypatch.setattr(pipelined, "run_program", count)
+    with pytest.raises(_Counted) as counted:
+        compile_train_step(config, make_mesh(config.mesh, jax.devices()[:2]))
+    return counted.value.args
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["whole", "halves"])
+def test_the_last_stage_computes_again_once(dual, monkeypatch):
+    """Its layers, its prediction module and its losses: of each product of the forward at most one more."""
+    config = in_pipeline("dualpipe", 2, dual=dual)
+    (forward, none), (_, experts), (_, full) = (
+        products_of_last_stage(dataclasses.replace(config, recompute=kind), monkeypatch)
+        for kind in ("none", "experts", "full"))
+    assert none < experts < full <= none + forward
 
 
 @pytest.mark.slow
