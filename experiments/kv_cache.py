@@ -22,7 +22,7 @@ import tyro
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, run_from_dict
 from dsv3_jax.inference.cache import CacheFormat, LatentCache, entry_layout
-from dsv3_jax.inference.storage import EntryLayout
+from dsv3_jax.inference.entry_format import EntryLayout
 from dsv3_jax.presets import MODELS
 from dsv3_jax.training.evaluate_cached import CacheChoice, cached_quality
 from dsv3_jax.training.tokens import prepare

@@ -1,5 +1,5 @@
 """The cache: what each layer remembers of each token, MLA's latent or others' keys and values (paper 1, section 2.1.2
-and table 1). How that lies in memory is `storage`'s.
+and table 1). How that is kept is `entry_format`'s, and where `storage`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.storage import EntryLayout, PlainStorage, QuantizedStorage, Storage, spread
+from dsv3_jax.inference.entry_format import EightBitFormat, EntryFormat, EntryLayout, PlainFormat
+from dsv3_jax.inference.storage import RowStorage, Storage
 
 CacheFormat = Literal["bf16", "float32", "float8", "int8"]
 _PLAIN = {"bf16": jnp.dtype(jnp.bfloat16), "float32": jnp.dtype(jnp.float32)}
@@ -45,11 +46,13 @@ class LatentCache:
           layout: which parts of an entry float8 and int8 are for; None: `entry_layout`'s.
         """
         shape = cached_layers(config, mtp), rows, cached_entries(config, capacity, mtp)
-        layout = layout or entry_layout(config)
-        lengths_B = jnp.zeros((rows,), jnp.int32)
-        if kind in _QUANTIZED:
-            return cls(QuantizedStorage.empty(shape, layout, _QUANTIZED[kind]), lengths_B)
-        return cls(PlainStorage(spread(jnp.zeros((*shape, layout.width), _PLAIN[kind]))), lengths_B)
+        return cls(RowStorage.empty(shape, entry_format(config, kind, layout)), jnp.zeros((rows,), jnp.int32))
+
+
+def entry_format(config: ModelConfig, kind: CacheFormat, layout: EntryLayout | None = None) -> EntryFormat:
+    """How entries are kept; arguments as those of `LatentCache.empty`."""
+    layout = layout or entry_layout(config)
+    return EightBitFormat(layout, _QUANTIZED[kind]) if kind in _QUANTIZED else PlainFormat(layout.width, _PLAIN[kind])
 
 
 def entry_layout(config: ModelConfig) -> EntryLayout:
@@ -88,7 +91,5 @@ def cached_entries(config: ModelConfig, tokens: int, mtp: bool = True) -> int:
 
 def bytes_per_token(config: ModelConfig, kind: CacheFormat = "bf16", mtp: bool = True) -> int:
     """Bytes of one token in all layers: 70,272 for V3 in bf16 without its prediction module (paper 1, table 1)."""
-    layout = entry_layout(config)
-    entry = (sum(layout.parts) + 4 * layout.tiles + 2 * layout.plain if kind in _QUANTIZED
-             else layout.width * _PLAIN[kind].itemsize)
+    entry = sum(width * dtype.itemsize for width, dtype in entry_format(config, kind).arrays)
     return cached_layers(config, mtp) * entry

@@ -5,9 +5,8 @@ A generator compiles one program to read prompts and one to make tokens, for eac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,78 +14,39 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, Execution, ModelConfig, Precision
-from dsv3_jax.inference.cache import CacheFormat, LatentCache
-from dsv3_jax.inference.forward import decode, prefill, prefill_ahead, unstacked
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.inference.cache import LatentCache
+from dsv3_jax.inference.decode_state import DecodeState, advance
+from dsv3_jax.inference.forward import prefill, prefill_ahead
+from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
-from dsv3_jax.inference.speculative import Window, speculative_step, window_of, window_size, with_token
-from dsv3_jax.mesh import AXES, batch_sharding, batch_shards, gather_for_compute, shardings
+from dsv3_jax.inference.speculative import window_of, window_size, with_token
+from dsv3_jax.mesh import batch_shards
 from dsv3_jax.nn.block import gathered
-from dsv3_jax.nn.model import model_structure, split_model
-from dsv3_jax.precision.recipe import COMPUTE_FORMAT, compute_weights, inference_weights
 
 SMALLEST_SIZE = 32
 """Prompts and caches have this many tokens, or a power of two times it, up to the model's window."""
-
-
-class DecodeState(NamedTuple):
-    """What lies on the devices between steps; donated to the next."""
-
-    cache: LatentCache
-    last_B: jax.Array
-    """int32: the last token of each row, not in the cache yet."""
-    seen_BV: jax.Array
-    """bool: tokens that each row has, prompt included."""
-    window: Window | None
-    """For the prediction modules; None in plain decoding."""
 
 
 class Generator:
     """Makes text with one model on one mesh.
 
     Args:
-      model: the architecture.
-      mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up: a decoding step has no sequence to
-        share.
-      precision: of weights and activations.
-      cache: format of the cache (`LatentCache.empty`); None: that of `precision`.
-      speculative: whether to draft with the multi-token-prediction modules.
-      spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
+      model, mesh and options: as of `ModelOnMesh`.
 
     Attributes:
       structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
-
-    Raises:
-      ConfigError: `speculative` for a model without prediction modules.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
-                 cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False):
-        if speculative and not model.num_nextn_predict_layers:
-            raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
-                              "none: decode without it")
-        self.model, self.mesh, self._moved = model, _without_context(mesh), mesh.shape["context"] > 1
-        self.speculative = speculative
-        self._precision, self._cache, self._spread = precision, cache or COMPUTE_FORMAT[precision], spread
-        # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
-        self._execution = Execution(capacity_factor=float(self.mesh.size))
-        # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
-        self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
-        self.structure = _structure(model, precision, self._layers_apart)
+    def __init__(self, model: ModelConfig, mesh: Mesh, **options: Any):
+        self._on_mesh = ModelOnMesh(model, mesh, **options)
+        self.model, self.mesh, self.structure = model, self._on_mesh.mesh, self._on_mesh.structure
+        self.speculative, self.prepare = self._on_mesh.speculative, self._on_mesh.prepare
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._prepare = jax.jit(self._prepared)
         self._first: Any = jax.jit(self._read_prompts, static_argnames="capacity",
                                    out_shardings=(None, everywhere))
         self._next: Any = jax.jit(self._advance, donate_argnames="state",
                                   out_shardings=(None, everywhere, everywhere))
-
-    def prepare(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
-        """Weights as decoding uses them, once for many generations: in compute precision, in float8 where products read
-        that, gathered, and on CPU layer by layer (see `forward.unstacked`). `params` is not changed."""
-        if self._moved:
-            params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
-        with jax.set_mesh(self.mesh):
-            return self._prepare(params, router_bias)
 
     def generate(self, weights: nnx.State, prompts: Sequence[np.ndarray], new_tokens: int,
                  sampling: Sampling | Sequence[Sampling] = Sampling(), stop_ids: Sequence[int] = ()) -> Generation:
@@ -136,17 +96,11 @@ class Generator:
                     f"window (model.max_position_embeddings) is {self.window}: "
                     f"{', or '.join(remedies) or 'shorten both'}")
 
-    def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
-        weights = compute_weights(params, self._precision)
-        weights = inference_weights(weights if self._spread else gather_for_compute(weights), self._precision)
-        model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
-        return nnx.state(unstacked(model) if self._layers_apart else model)
-
     def _read_prompts(self, weights: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array, rows: RowSampling, *,
                       capacity: int) -> tuple[DecodeState, jax.Array]:
         """The state after the prompts, and int32 [B], the first new token of each row."""
         model = nnx.merge(self.structure, weights)
-        cache = LatentCache.empty(self.model, tokens_BT.shape[0], capacity, self._cache, mtp=self.speculative)
+        cache = LatentCache.empty(self.model, tokens_BT.shape[0], capacity, self._on_mesh.cache, mtp=self.speculative)
         out = prefill(model, tokens_BT, lengths_B, cache)
         last = (lengths_B - 1)[:, None]
         logits_BV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
@@ -165,20 +119,7 @@ class Generator:
 
     def _advance(self, weights: nnx.State, state: DecodeState, active_B: jax.Array,
                  rows: RowSampling) -> tuple[DecodeState, jax.Array, jax.Array]:
-        """The state one step on, int32 [B, Q] new tokens and int32 [B], how many of them each row got."""
-        model = nnx.merge(self.structure, weights)
-        cache, last_B, seen_BV, window = state
-        if window is not None:
-            verified, window, seen_BV, cache = speculative_step(model, window, seen_BV, cache, active_B, rows,
-                                                                self._execution)
-            return (DecodeState(cache, window.tokens_BW[:, -1], seen_BV, window), verified.tokens_BQ,
-                    jnp.where(active_B, verified.accepted_B + 1, 0))
-        out = decode(model, last_B[:, None], cache, active_B, self._execution)
-        logits_BV = gathered(model.lm_head)(out.hidden_BQD[:, 0])
-        token_B = draw(probabilities(logits_BV, seen_BV, rows), rows.seed, out.cache.lengths_B, TARGET)
-        token_B = jnp.where(active_B, token_B, last_B)
-        return (DecodeState(out.cache, token_B, with_token(seen_BV, token_B), None), token_B[:, None],
-                active_B.astype(jnp.int32))
+        return advance(nnx.merge(self.structure, weights), state, active_B, rows, self._on_mesh.execution)
 
     def _start(self, weights: nnx.State, prompts: Sequence[np.ndarray], new_tokens: int,
                rows: RowSampling) -> tuple[DecodeState, np.ndarray]:
@@ -188,18 +129,15 @@ class Generator:
             tokens[row, :len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         with jax.set_mesh(self.mesh):
-            state, first = self._first(weights, self._place(tokens), self._place(lengths), rows,
+            state, first = self._first(weights, self._on_mesh.place(tokens), self._on_mesh.place(lengths), rows,
                                        capacity=rounded(longest + new_tokens, self.window))
         return state, np.asarray(first)
 
     def _step(self, weights: nnx.State, state: DecodeState, active: np.ndarray,
               rows: RowSampling) -> tuple[DecodeState, np.ndarray, np.ndarray]:
         with jax.set_mesh(self.mesh):
-            state, tokens, counts = self._next(weights, state, self._place(active), rows)
+            state, tokens, counts = self._next(weights, state, self._on_mesh.place(active), rows)
         return state, np.asarray(tokens), np.asarray(counts)
-
-    def _place(self, x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
 
 
 class Generation:
@@ -281,23 +219,3 @@ def rounded(tokens: int, window: int) -> int:
         size *= 2
     return min(size, window)
 
-
-@functools.cache
-def _structure(config: ModelConfig, precision: Precision, layers_apart: bool) -> nnx.GraphDef:
-    """Found once: as a static argument of each step it would be hashed each time, for a millisecond."""
-    structure = []
-
-    def trace() -> None:
-        structure.append(nnx.graphdef(unstacked(nnx.merge(*split_model(config, precision=precision)))))
-    if not layers_apart:
-        return model_structure(config, precision)
-    jax.eval_shape(trace)
-    return structure[0]
-
-
-def _without_context(mesh: Mesh) -> Mesh:
-    """The same devices in the same order, context counted as part of scale_up."""
-    shape: dict[str, Any] = dict(mesh.shape)
-    shape["scale_up"] *= shape["context"]
-    shape["context"] = 1
-    return Mesh(mesh.devices.reshape([shape[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)

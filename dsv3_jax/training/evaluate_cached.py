@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.inference.cache import CacheFormat, LatentCache
+from dsv3_jax.inference.entry_format import EntryLayout
 from dsv3_jax.inference.forward import decode
-from dsv3_jax.inference.storage import EntryLayout
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import model_structure
 from dsv3_jax.training.batches import validation_windows

@@ -111,7 +111,7 @@ def test_rows_of_different_lengths_equal_single_rows():
                                    atol=1e-5 * np.abs(teacher).max())
     assert np.isfinite(logits).all()
     # Nothing was written beyond a row's tokens.
-    written = np.isfinite(np.asarray(cache.storage.values_LBNW)).all(axis=-1)
+    written = np.isfinite(np.asarray(cache.storage.arrays_LBNx[0])).all(axis=-1)
     main = written[:config.num_hidden_layers]
     np.testing.assert_array_equal(main, np.broadcast_to(np.arange(LENGTH) < (lengths + counts)[:, None], main.shape))
     last, _ = _decode(model, tokens[np.arange(4), lengths + counts][:, None], cache, np.ones(4, np.int32))
@@ -140,7 +140,7 @@ def test_eight_devices_equal_one_and_the_cache_stays_where_its_rows_are(eight_de
             tokens, lengths).compile()
         logits, cache = program(tokens, lengths)
     _close(logits, np.stack([teacher[row, n:n + 3] for row, n in enumerate(lengths)]))
-    assert cache.storage.values_LBNW.sharding.shard_shape((3, 8, 16, 40)) == (3, 1, 16, 40)
+    assert cache.storage.arrays_LBNx[0].sharding.shard_shape((3, 8, 16, 40)) == (3, 1, 16, 40)
     assert "f32[3,8,16,40]" not in program.as_text()
 
 

@@ -117,7 +117,7 @@ def test_the_modules_caches_hold_what_the_whole_text_gives():
     assert kept == {1, 2, 3}
     whole, _ = generator._start(prepared, [np.array(text) for text in texts], 1, rows)
     layers = slice(TWO_DEPTHS.num_hidden_layers, None)
-    got, want = (np.asarray(s.cache.storage.values_LBNW[layers]) for s in (state, whole))
+    got, want = (np.asarray(s.cache.storage.arrays_LBNx[0][layers]) for s in (state, whole))
     for row, text in enumerate(texts):
         sure = len(text) - 1 - (TWO_DEPTHS.num_nextn_predict_layers + 1)
         # float32 sums in another order: prefill attends among the prompt, decoding to the cache by absorbed weights.

@@ -13,8 +13,9 @@ from flax import nnx
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.inference.attend import attend
 from dsv3_jax.inference.cache import LatentCache, bytes_per_token, cached_entries, entry_layout
+from dsv3_jax.inference.entry_format import EightBitFormat, EntryLayout, dequantize, quantize
 from dsv3_jax.inference.forward import Span
-from dsv3_jax.inference.storage import EntryLayout, QuantizedStorage, dequantize, quantize
+from dsv3_jax.inference.storage import RowStorage
 from dsv3_jax.mesh import make_mesh
 from dsv3_jax.nn.block import make_attention
 from dsv3_jax.nn.cached_attention import absorbed_attention
@@ -79,7 +80,7 @@ def test_quantization_stays_within_the_step_of_its_format(kind, width):
 
 def test_entries_lie_where_they_were_written():
     """In parts, at their positions of their layer; -1 and what is beyond the end nowhere. The rest stays in bf16."""
-    storage = QuantizedStorage.empty((2, 2, 4), EntryLayout((130, 20), 6), jnp.dtype(jnp.int8))
+    storage = RowStorage.empty((2, 2, 4), EightBitFormat(EntryLayout((130, 20), 6), jnp.dtype(jnp.int8)))
     entries = np.random.default_rng(0).normal(size=(2, 3, 156)).astype(np.float32)
     after = storage.write(1, jnp.asarray(entries), jnp.array([[3, -1, 0], [4, 2, 1]]))
     got, rounded = after.read(1, jnp.float32), after.rounded(jnp.asarray(entries))
@@ -148,7 +149,7 @@ def test_attention_to_quantized_entries_is_exact_attention_to_rounded_ones(name)
     rounded = _empty(config, "float8", TOKENS)
     plain, kept = _run(attention, hidden, _empty(config, "float32", TOKENS), (TOKENS,))
     got, _ = _run(attention, hidden, rounded, (TOKENS,))
-    entries = rounded.rounded(jnp.nan_to_num(kept.values_LBNW[1]))
+    entries = rounded.rounded(jnp.nan_to_num(kept.arrays_LBNx[0][1]))
     positions, lengths = np.broadcast_to(np.arange(TOKENS), (ROWS, TOKENS)), TOKENS - np.arange(ROWS) % 2
     if name == "mla":
         want = absorbed_attention(attention, *attention.query(hidden, positions), entries, positions, lengths)
@@ -167,4 +168,4 @@ def test_eight_devices_equal_one_with_a_ring_in_eight_bits(eight_devices):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     for x in jax.tree.leaves(storage):
         assert x.sharding.shard_shape(x.shape)[1] == 1
-    assert entry_layout(config).width == storage.codes_LBNQ.shape[-1]
+    assert entry_layout(config).width == storage.arrays_LBNx[0].shape[-1]

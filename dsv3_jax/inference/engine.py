@@ -1,0 +1,300 @@
+"""Continuous batching: requests come and go while the others decode.
+
+Each turn of the engine lets waiting requests in, reads a chunk of one prompt on each device, and takes a step of all
+rows that have read theirs. The answer to a request is the one it would get alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.model_on_mesh import ModelOnMesh
+from dsv3_jax.inference.pace import Pace, Targets
+from dsv3_jax.inference.request import Finish, Listener, Request, Ticket
+from dsv3_jax.inference.sampling import Sampling, sampling_rows
+from dsv3_jax.inference.scheduler import Busy, Row, Scheduler, Sizes
+from dsv3_jax.inference.serving_programs import ServingPrograms
+
+CHUNKS = (32, 256)
+"""Tokens of a prompt that are read at once; the smaller where no more are left."""
+SMALLEST_TABLE = 4
+"""Pages that a program sees: this many, or a power of four times it, up to all of a row."""
+
+
+@dataclasses.dataclass
+class Totals:
+    """Of an engine since it began."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompts' tokens those that were found in pages."""
+    read_tokens: int = 0
+    new_tokens: int = 0
+    chunks: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    """Rows that took part in steps."""
+    preemptions: int = 0
+    refused: int = 0
+    accepted: list[int] = dataclasses.field(default_factory=list)
+    """Drafts accepted, by how far ahead they were."""
+
+    def acceptance(self) -> list[float]:
+        """Share of steps in which the first, the second, ... draft was kept."""
+        return [kept / self.row_steps if self.row_steps else 0.0 for kept in self.accepted]
+
+
+class Engine:
+    """Serves one model on one mesh. To make one compiles all its programs.
+
+    Args:
+      weights: of `ModelOnMesh.prepare`.
+      sizes: rows, pages and limits.
+      targets: latencies to keep.
+      chunks: tokens of a prompt that may be read at once, ascending.
+
+    Attributes:
+      programs: how many it has compiled: all that serving can need.
+      totals: counts since it began.
+      error: what it failed with; None while it works.
+
+    Raises:
+      ConfigError: a model whose attention has a window, or sizes beyond what it can attend to.
+    """
+
+    def __init__(self, on_mesh: ModelOnMesh, weights: nnx.State, sizes: Sizes, targets: Targets = Targets(),
+                 chunks: Sequence[int] = CHUNKS):
+        if on_mesh.model.attention_window is not None:
+            raise ConfigError(f"model.attention_window ({on_mesh.model.attention_window}): a cache in pages keeps all "
+                              "tokens, and such a model wants a ring: use inference.generate")
+        if sizes.context > on_mesh.window:
+            raise ConfigError(f"engine.context ({sizes.context}) is more than the model's window "
+                              f"(model.max_position_embeddings, {on_mesh.window}): lower it")
+        self.on_mesh, self.sizes = on_mesh, sizes
+        self._weights, self._chunks = weights, tuple(chunks)
+        self._programs = ServingPrograms(on_mesh, sizes.rows, sizes.pages, sizes.page_size)
+        self._ahead, self._devices = self._programs.ahead, self._programs.devices
+        self._scheduler = Scheduler(sizes, self._devices, self._ahead)
+        self._pace = Pace(targets)
+        self.totals = Totals(accepted=[0] * self._ahead)
+        self.error: BaseException | None = None
+        self._state = self._programs.empty()
+        self.programs = self._programs.compile(weights, self._state, self._chunks, self._widths())
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def submit(self, request: Request, listener: Listener | None = None) -> Ticket:
+        """Puts a request in line; any thread may.
+
+        Raises:
+          ConfigError: a request that no engine of this size can serve.
+          Busy: too many wait, or it would wait longer than the target.
+          RuntimeError: the engine has failed.
+        """
+        self._check(request)
+        ticket = Ticket(request, listener)
+        with self._lock:
+            if self.error is not None:
+                raise RuntimeError(f"the engine has failed: {self.error}") from self.error
+            try:
+                if self._pace.is_late(self._scheduler.unread):
+                    raise Busy(f"{self._scheduler.unread} tokens of other requests are to be read first, which would "
+                               "take longer than the target: try again later")
+                self._scheduler.submit(ticket)
+            except Busy:
+                self.totals.refused += 1
+                raise
+            self.totals.requests += 1
+            self._lock.notify_all()
+        return ticket
+
+    def turn(self) -> bool:
+        """One turn: lets requests in, reads a chunk, takes a step. False if there was nothing to do."""
+        with self._lock:
+            self._end_cancelled()
+            for row in self._scheduler.admit():
+                self.totals.prompt_tokens += row.to_read
+                self.totals.reused_tokens += row.read
+            decoding = sum(not row.reading for row in self._scheduler.rows)
+            reads = self._scheduler.reads() if self._pace.may_read(decoding) else []
+        if reads:
+            self._read(reads)
+        with self._lock:
+            decodes = self._scheduler.decodes()
+            self.totals.preemptions = self._scheduler.preemptions
+        if decodes:
+            self._decode(decodes)
+        return bool(reads or decodes)
+
+    def run(self) -> None:
+        """Turns until nothing is left to do."""
+        while self.turn():
+            pass
+
+    def start(self) -> None:
+        """Serves in a thread of its own until `stop`."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; requests that have not ended are cancelled."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._end_all(Finish.CANCELLED)
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a row."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests with one."""
+        return len(self._scheduler.rows)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no request holds, of all devices."""
+        return sum(pool.available for pool in self._scheduler.pools)
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                while not self._stopping and not self._scheduler.tickets():
+                    self._lock.wait()
+                if self._stopping:
+                    return
+            try:
+                self.turn()
+            except BaseException as error:
+                self.error = error
+                self._end_all(Finish.ERROR, error)
+                return
+
+    def _check(self, request: Request) -> None:
+        if len(request.prompt) == 0 or request.max_new_tokens < 1:
+            raise ConfigError(f"nothing to do: a prompt of {len(request.prompt)} tokens and max_new_tokens "
+                              f"({request.max_new_tokens}) must both be at least 1")
+        low, high = int(np.min(request.prompt)), int(np.max(request.prompt))
+        if low < 0 or high >= self.on_mesh.model.vocab_size:
+            raise ConfigError(f"the prompt has token {high if low >= 0 else low} outside model.vocab_size "
+                              f"({self.on_mesh.model.vocab_size}): use the tokenizer the model was trained with")
+
+    def _read(self, reads: list[Row]) -> None:
+        """A chunk of each row."""
+        began = time.perf_counter()
+        left = max(row.to_read - row.read for row in reads)
+        size = next((size for size in self._chunks if size >= left), self._chunks[-1])
+        chunk = self._programs.idle_chunk(size, self._width(min(row.read + size, row.to_read) for row in reads))
+        sampling = [Sampling(temperature=0)] * self._devices
+        counts = {}
+        for row in reads:
+            lane, end = row.device, min(row.read + size, row.to_read)
+            counts[row] = end - row.read
+            tokens = row.tokens[row.read:row.read + size + self._ahead]
+            chunk.tokens_bX[lane, :len(tokens)] = tokens
+            chunk.place_b[lane], chunk.start_b[lane], chunk.count_b[lane] = row.place, row.read, counts[row]
+            chunk.first_b[lane] = row.read == row.first
+            pages = row.pages[:chunk.table_bJ.shape[1]]
+            chunk.table_bJ[lane, :len(pages)] = pages
+            sampling[lane] = row.ticket.request.sampling
+        self._state, next_b = self._programs.read(self._weights, self._state, chunk, sampling_rows(sampling))
+        with self._lock:
+            for row, count in counts.items():
+                self._scheduler.did_read(row, count)
+                if not row.reading:
+                    self._give(row, [int(next_b[row.device])])
+            self.totals.chunks += 1
+            self.totals.read_tokens += sum(counts.values())
+            self._pace.did_read(time.perf_counter() - began, sum(counts.values()))
+
+    def _decode(self, rows: list[Row]) -> None:
+        """A step of these rows."""
+        began = time.perf_counter()
+        tokens_RQ, counts_R = self._step(rows, self._width(row.read + 1 + self._ahead for row in rows))
+        with self._lock:
+            for row in rows:
+                at = row.device * self.sizes.rows + row.place
+                count = int(counts_R[at])
+                self._scheduler.did_decode(row, count)
+                for draft in range(count - 1):
+                    self.totals.accepted[draft] += 1
+                self._give(row, tokens_RQ[at, :count].tolist())
+            self.totals.steps += 1
+            self.totals.row_steps += len(rows)
+            self._pace.did_step(time.perf_counter() - began)
+
+    def _step(self, rows: list[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
+        count = self._devices * self.sizes.rows
+        table_RJ, active_R = np.full((count, width), -1, np.int32), np.zeros(count, bool)
+        sampling = [Sampling(temperature=0)] * count
+        for row in rows:
+            at = row.device * self.sizes.rows + row.place
+            pages = row.pages[:width]
+            table_RJ[at, :len(pages)], active_R[at] = pages, True
+            sampling[at] = row.ticket.request.sampling
+        self._state, tokens_RQ, counts_R = self._programs.step(self._weights, self._state, table_RJ, active_R,
+                                                               sampling_rows(sampling))
+        return tokens_RQ, counts_R
+
+    def _give(self, row: Row, ids: list[int]) -> None:
+        """New tokens to the row and to who asked for them."""
+        kept, finish = row.ticket.kept(ids)
+        row.tokens += ids
+        self.totals.new_tokens += len(kept)
+        if finish is not None:
+            self._scheduler.leave(row)
+        row.ticket.push(kept, finish)
+
+    def _end_cancelled(self) -> None:
+        waiting, rows = self._scheduler.remove_cancelled()
+        for row in rows:
+            self._scheduler.leave(row)
+        for ticket in [*waiting, *(row.ticket for row in rows)]:
+            ticket.push([], Finish.CANCELLED)
+
+    def _end_all(self, finish: Finish, error: BaseException | None = None) -> None:
+        with self._lock:
+            for ticket in self._scheduler.tickets():
+                ticket.cancel()
+            waiting, rows = self._scheduler.remove_cancelled()
+            for row in rows:
+                self._scheduler.leave(row)
+            for ticket in [*waiting, *(row.ticket for row in rows)]:
+                ticket.push([], finish, error)
+
+    def _widths(self) -> list[int]:
+        """Pages that programs are compiled for."""
+        widths, width = [], SMALLEST_TABLE
+        while width < self.sizes.pages_per_row:
+            widths.append(width)
+            width *= 4
+        return [*widths, self.sizes.pages_per_row]
+
+    def _width(self, tokens: Iterable[int]) -> int:
+        """The least that holds the longest of these numbers of tokens."""
+        longest = -(-max(tokens) // self.sizes.page_size)
+        return next(width for width in self._widths() if width >= longest)
+

@@ -1,0 +1,104 @@
+"""A model laid out for decoding on one mesh: its structure, and its weights as decoding uses them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.config import ConfigError, Execution, ModelConfig, Precision
+from dsv3_jax.inference.cache import CacheFormat
+from dsv3_jax.inference.forward import unstacked
+from dsv3_jax.mesh import AXES, batch_sharding, gather_for_compute, shardings
+from dsv3_jax.nn.model import model_structure, split_model
+from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT, compute_weights, inference_weights
+
+
+class ModelOnMesh:
+    """What programs that decode are made from.
+
+    Args:
+      model: the architecture.
+      mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up: a decoding step has no sequence to
+        share.
+      precision: of weights and activations.
+      cache: format of the cache (`LatentCache.empty`); None: that of `precision`.
+      speculative: whether to draft with the multi-token-prediction modules.
+      spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
+
+    Attributes:
+      structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
+      execution: how decoding steps are computed.
+
+    Raises:
+      ConfigError: `speculative` for a model without prediction modules.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
+                 cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False):
+        if speculative and not model.num_nextn_predict_layers:
+            raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
+                              "none: decode without it")
+        self.model, self.mesh, self._moved = model, _without_context(mesh), mesh.shape["context"] > 1
+        self.speculative, self.cache = speculative, cache or COMPUTE_FORMAT[precision]
+        self._precision, self._spread = precision, spread
+        # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
+        self.execution = Execution(capacity_factor=float(self.mesh.size))
+        # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
+        self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
+        self.structure = _structure(model, precision, self._layers_apart)
+        self._prepare = jax.jit(self._prepared)
+
+    def prepare(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
+        """Weights as decoding uses them, once for all that is decoded: in compute precision, in float8 where products
+        read that, gathered, and on CPU layer by layer (see `forward.unstacked`). `params` is not changed."""
+        if self._moved:
+            params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
+        with jax.set_mesh(self.mesh):
+            return self._prepare(params, router_bias)
+
+    @property
+    def activations(self) -> jnp.dtype:
+        """Type of hidden states."""
+        return jnp.dtype(COMPUTE_DTYPE[self._precision])
+
+    @property
+    def window(self) -> int:
+        """Most tokens of a row, prompt and answer together."""
+        return self.model.max_position_embeddings
+
+    def place(self, x: np.ndarray) -> jax.Array:
+        """`x` [B, ...], which every process has whole, with its rows spread over the devices."""
+        return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
+
+    def _prepared(self, params: nnx.State, router_bias: nnx.State) -> nnx.State:
+        weights = compute_weights(params, self._precision)
+        weights = inference_weights(weights if self._spread else gather_for_compute(weights), self._precision)
+        model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
+        return nnx.state(unstacked(model) if self._layers_apart else model)
+
+
+@functools.cache
+def _structure(config: ModelConfig, precision: Precision, layers_apart: bool) -> nnx.GraphDef:
+    """Found once: as a static argument of each step it would be hashed each time, for a millisecond."""
+    structure = []
+
+    def trace() -> None:
+        structure.append(nnx.graphdef(unstacked(nnx.merge(*split_model(config, precision=precision)))))
+    if not layers_apart:
+        return model_structure(config, precision)
+    jax.eval_shape(trace)
+    return structure[0]
+
+
+def _without_context(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, context counted as part of scale_up."""
+    shape: dict[str, Any] = dict(mesh.shape)
+    shape["scale_up"] *= shape["context"]
+    shape["context"] = 1
+    return Mesh(mesh.devices.reshape([shape[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)

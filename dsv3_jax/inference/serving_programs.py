@@ -1,0 +1,213 @@
+"""What the engine runs on the devices: a chunk of prompts into the pages, and a step of all rows.
+
+Both read and write the same pages and rows, which stay on the devices. Shapes are few (sizes of chunks, widths of page
+tables) and known ahead, so all programs are compiled before the first request.
+
+Names: R rows of all devices, b lanes (one a device, or idle), C tokens of a chunk, K prediction modules in use, J pages
+of a row that a program sees, W = K + 1 positions that modules look back at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.inference.cache import LatentCache, cached_layers, entry_format
+from dsv3_jax.inference.decode_state import DecodeState, advance
+from dsv3_jax.inference.forward import CachedOutput, Span, decode, predict_ahead
+from dsv3_jax.inference.model_on_mesh import ModelOnMesh
+from dsv3_jax.inference.paged_storage import PAGES, ROWS, PagedStorage
+from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
+from dsv3_jax.inference.speculative import Window, window_of, window_size, with_token
+from dsv3_jax.mesh import batch_shards, on_each_device
+from dsv3_jax.nn.block import gathered
+from dsv3_jax.nn.model import DeepSeekV3
+
+
+class ServingState(NamedTuple):
+    """What stays on the devices; donated to each program."""
+
+    storage: PagedStorage
+    """Of no rows: programs are given tables."""
+    lengths_R: jax.Array
+    """int32: tokens in the cache."""
+    last_R: jax.Array
+    """int32: the last token, not in the cache yet."""
+    seen_RV: jax.Array
+    """bool: tokens that the row has."""
+    window: Window | None
+    """For the prediction modules, [R, W, ...]."""
+
+
+class Chunk(NamedTuple):
+    """Tokens of prompts to read, a lane a device; NumPy arrays that become jax.Arrays."""
+
+    place_b: Any
+    """int32: which of its device's rows; -1 for a lane that has nothing to do."""
+    tokens_bX: Any
+    """int32 [b, C + K]: of the chunk, and those that follow it; -1 for one that is not known yet."""
+    start_b: Any
+    """int32: position of the first."""
+    count_b: Any
+    """int32: real ones of the C."""
+    first_b: Any
+    """bool: whether the row begins here."""
+    table_bJ: Any
+    """int32: pages of the row."""
+
+
+class ServingPrograms:
+    """The programs for one model on one mesh.
+
+    Args:
+      rows: of each device.
+      pages: of each device.
+    """
+
+    def __init__(self, on_mesh: ModelOnMesh, rows: int, pages: int, page_size: int):
+        self.on_mesh, self.devices = on_mesh, batch_shards(on_mesh.mesh)
+        self.ahead = on_mesh.model.num_nextn_predict_layers if on_mesh.speculative else 0
+        self._rows, self._pages, self._page_size = rows * self.devices, pages * self.devices, page_size
+        everywhere, of_pages, of_rows = (NamedSharding(on_mesh.mesh, spec) for spec in (PartitionSpec(), PAGES, ROWS))
+        with jax.set_mesh(on_mesh.mesh):
+            storage, *rest = jax.eval_shape(self._nothing)
+        # Said in full: a state that came back laid out in other words would be a reason to compile again.
+        layout = ServingState(
+            dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx), table_BJ=everywhere),
+            *jax.tree.map(lambda x: of_rows, rest))
+        self._reads: dict[tuple[int, int], Any] = {}
+        self._steps: dict[int, Any] = {}
+        self._empty = jax.jit(self._nothing, out_shardings=layout)
+        self._read: Any = jax.jit(self._read_chunk, donate_argnames="state", out_shardings=(layout, everywhere))
+        self._step: Any = jax.jit(self._advance, donate_argnames="state",
+                                  out_shardings=(layout, everywhere, everywhere))
+
+    def empty(self) -> ServingState:
+        """Pages and rows with nothing in them."""
+        with jax.set_mesh(self.on_mesh.mesh):
+            return self._empty()
+
+    def compile(self, weights: nnx.State, state: ServingState, chunks: Sequence[int], widths: Sequence[int]) -> int:
+        """Compiles all programs for these sizes of chunks and widths of tables; how many there are."""
+        rows_b, rows_R = (self._placed(sampling_rows([Sampling()] * count)) for count in (self.devices, self._rows))
+        with jax.set_mesh(self.on_mesh.mesh):
+            for width in widths:
+                for size in chunks:
+                    chunk = self._placed(self.idle_chunk(size, width))
+                    self._reads[size, width] = self._read.lower(weights, state, chunk, rows_b).compile()
+                table, active = self._placed((np.zeros((self._rows, width), np.int32), np.zeros(self._rows, bool)))
+                self._steps[width] = self._step.lower(weights, state, table, active, rows_R).compile()
+        return len(self._reads) + len(self._steps)
+
+    def idle_chunk(self, size: int, width: int) -> Chunk:
+        """One of `size` tokens and tables of `width` pages, in which no lane has anything to do."""
+        lanes = self.devices
+        start_b, count_b = np.zeros((2, lanes), np.int32)
+        return Chunk(np.full(lanes, -1, np.int32), np.full((lanes, size + self.ahead), -1, np.int32), start_b, count_b,
+                     np.zeros(lanes, bool), np.full((lanes, width), -1, np.int32))
+
+    def read(self, weights: nnx.State, state: ServingState, chunk: Chunk,
+             rows: RowSampling) -> tuple[ServingState, np.ndarray]:
+        """Reads a chunk (of NumPy arrays); int32 [b], the token that follows it."""
+        run = self._reads[chunk.tokens_bX.shape[1] - self.ahead, chunk.table_bJ.shape[1]]
+        state, tokens = run(weights, state, self._placed(chunk), self._placed(rows))
+        return state, np.asarray(tokens)
+
+    def step(self, weights: nnx.State, state: ServingState, table_RJ: np.ndarray, active_R: np.ndarray,
+             rows: RowSampling) -> tuple[ServingState, np.ndarray, np.ndarray]:
+        """A step of the active rows; int32 [R, Q] new tokens and int32 [R], how many each row got."""
+        run = self._steps[table_RJ.shape[1]]
+        state, tokens, counts = run(weights, state, *self._placed((table_RJ, active_R)), self._placed(rows))
+        return state, np.asarray(tokens), np.asarray(counts)
+
+    def _placed(self, arrays: Any) -> Any:
+        return jax.tree.map(self.on_mesh.place, arrays)
+
+    def _nothing(self) -> ServingState:
+        config = self.on_mesh.model
+        storage = PagedStorage.empty(cached_layers(config, self.on_mesh.speculative), self._pages, self._page_size,
+                                     entry_format(config, self.on_mesh.cache))
+        zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+        window = None
+        if self.ahead:
+            size = window_size(config)
+            hidden = jnp.zeros((self._rows, size, config.hidden_size), self.on_mesh.activations)
+            window = Window(hidden, zeros((self._rows, size)))
+        return ServingState(storage, zeros(self._rows), zeros(self._rows),
+                            jnp.zeros((self._rows, config.vocab_size), bool), window)
+
+    def _advance(self, weights: nnx.State, state: ServingState, table_RJ: jax.Array, active_R: jax.Array,
+                 rows: RowSampling) -> tuple[ServingState, jax.Array, jax.Array]:
+        model = nnx.merge(self.on_mesh.structure, weights)
+        cache = LatentCache(state.storage.of_rows(table_RJ), state.lengths_R)
+        after, tokens_RQ, counts_R = advance(model, DecodeState(cache, state.last_R, state.seen_RV, state.window),
+                                             active_R, rows, self.on_mesh.execution)
+        return (ServingState(_without_rows(after.cache), after.cache.lengths_B, after.last_B, after.seen_BV,
+                             after.window), tokens_RQ, counts_R)
+
+    def _read_chunk(self, weights: nnx.State, state: ServingState, chunk: Chunk,
+                    rows: RowSampling) -> tuple[ServingState, jax.Array]:
+        model = nnx.merge(self.on_mesh.structure, weights)
+        size = chunk.tokens_bX.shape[1] - self.ahead
+        tokens_bC, column_C = jnp.maximum(chunk.tokens_bX[:, :size], 0), jnp.arange(size)
+        last = jnp.maximum(chunk.count_b - 1, 0)[:, None]
+        out = decode(model, tokens_bC, LatentCache(state.storage.of_rows(chunk.table_bJ), chunk.start_b), chunk.count_b)
+        logits_bV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
+        seen_bV, window = _rows_of(chunk.place_b, (state.seen_RV, state.window))
+        # Padding repeats the chunk's first token, which the row has anyway.
+        ids_bC = jnp.where(column_C <= last, tokens_bC, tokens_bC[:, :1])
+        seen_bV = (seen_bV & ~chunk.first_b[:, None]).at[jnp.arange(len(ids_bC))[:, None], ids_bC].set(True)
+        token_b = draw(probabilities(logits_bV, seen_bV, rows), rows.seed, out.cache.lengths_B, TARGET)
+        cache = out.cache
+        if window is not None:
+            cache = _read_ahead(model, out, chunk)
+            following_bC = chunk.tokens_bX[:, 1:size + 1]
+            following_bC = jnp.where(following_bC < 0, token_b[:, None], following_bC)
+            window = window_of(jnp.concatenate([window.hidden_BWD, out.mtp_input_BQD], axis=1),
+                               jnp.concatenate([window.tokens_BW, following_bC], axis=1), self.ahead + 1,
+                               self.ahead + 1 + chunk.count_b)
+        changed = (cache.lengths_B, token_b, with_token(seen_bV, token_b), window)
+        return ServingState(_without_rows(cache), *_with_rows(chunk.place_b, state[1:], changed)), token_b
+
+
+def _read_ahead(model: DeepSeekV3, out: CachedOutput, chunk: Chunk) -> LatentCache:
+    """The cache with the prediction modules' entries of a chunk that the main model has read. Those that want tokens
+    which are not known yet are computed again by the first step (see `speculative`)."""
+    cache, hidden_bCD = out.cache, out.mtp_input_BQD
+    size = hidden_bCD.shape[1]
+    column_C = jnp.arange(size)
+    span = Span(chunk.start_b[:, None] + column_C, column_C < chunk.count_b[:, None], cache.lengths_B, fresh=False)
+    for depth in range(1, len(model.mtp) + 1):
+        tokens_bC = jnp.maximum(chunk.tokens_bX[:, depth:depth + size], 0)
+        hidden_bCD, cache = predict_ahead(model, depth, hidden_bCD, tokens_bC, span, cache)
+    return cache
+
+
+def _without_rows(cache: LatentCache) -> PagedStorage:
+    storage: Any = cache.storage
+    return storage.of_rows(jnp.zeros((0, 0), jnp.int32))
+
+
+def _rows_of(place_b: jax.Array, arrays: Any) -> Any:
+    """The rows [b, ...] of arrays [R, ...] that lanes name, each among its device's; any row for -1."""
+    def local(place_b: jax.Array, arrays: Any) -> Any:
+        return jax.tree.map(lambda x: x[jnp.maximum(place_b, 0)], arrays)
+    return on_each_device(local, (ROWS, ROWS), ROWS)(place_b, arrays)
+
+
+def _with_rows(place_b: jax.Array, arrays: Any, new: Any) -> Any:
+    """Arrays [R, ...] with the rows that lanes name replaced."""
+    def local(place_b: jax.Array, arrays: Any, new: Any) -> Any:
+        def put(x: jax.Array, row: jax.Array) -> jax.Array:
+            return x.at[jnp.where(place_b < 0, len(x), place_b)].set(row, mode="drop")
+        return jax.tree.map(put, arrays, new)
+    return on_each_device(local, (ROWS, ROWS, ROWS), ROWS)(place_b, arrays, new)
+
