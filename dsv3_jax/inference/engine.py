@@ -6,15 +6,17 @@ rows that have read theirs. The answer to a request is the one it would get alon
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.handover import Handover
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.pace import Pace, Targets
 from dsv3_jax.inference.request import Finish, Listener, Request, Ticket
@@ -60,6 +62,9 @@ class Engine:
       sizes: rows, pages and limits.
       targets: latencies to keep.
       chunks: tokens of a prompt that may be read at once, ascending.
+      hand_over: for an engine that reads prompts only: called, from its thread, with each ticket whose prompt is read
+        and what another engine needs to go on. The row keeps its pages until `acknowledge`.
+      receives: whether other engines' requests will come, by `receive`.
 
     Attributes:
       programs: how many it has compiled: all that serving can need.
@@ -71,7 +76,8 @@ class Engine:
     """
 
     def __init__(self, on_mesh: ModelOnMesh, weights: nnx.State, sizes: Sizes, targets: Targets = Targets(),
-                 chunks: Sequence[int] = CHUNKS):
+                 chunks: Sequence[int] = CHUNKS, hand_over: Callable[[Ticket, Handover], None] | None = None,
+                 receives: bool = False):
         if on_mesh.model.attention_window is not None:
             raise ConfigError(f"model.attention_window ({on_mesh.model.attention_window}): a cache in pages keeps all "
                               "tokens, and such a model wants a ring: use inference.generate")
@@ -88,6 +94,11 @@ class Engine:
         self.error: BaseException | None = None
         self._state = self._programs.empty()
         self.programs = self._programs.compile(weights, self._state, self._chunks, self._widths())
+        self._hand_over = hand_over
+        if hand_over is not None or receives:
+            gives = hand_over is not None
+            self.programs += self._programs.compile_handover(self._state, self._widths(), gives, receives)
+        self._arrivals: collections.deque[tuple[Ticket, Handover, Callable[[], None]]] = collections.deque()
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -100,11 +111,23 @@ class Engine:
           Busy: too many wait, or it would wait longer than the target.
           RuntimeError: the engine has failed.
         """
+        ticket = self.new_ticket(request, listener)
+        self.put(ticket)
+        return ticket
+
+    def new_ticket(self, request: Request, listener: Listener | None = None) -> Ticket:
+        """A ticket for `put` or `receive`, for who must know it before anything happens to it.
+
+        Raises:
+          ConfigError: a request that no engine can serve.
+        """
         self._check(request)
-        ticket = Ticket(request, listener)
+        return Ticket(request, listener, self._wake)
+
+    def put(self, ticket: Ticket) -> None:
+        """Puts a ticket in line; see `submit`."""
         with self._lock:
-            if self.error is not None:
-                raise RuntimeError(f"the engine has failed: {self.error}") from self.error
+            self._fail_if_failed()
             try:
                 if self._pace.is_late(self._scheduler.unread):
                     raise Busy(f"{self._scheduler.unread} tokens of other requests are to be read first, which would "
@@ -115,12 +138,35 @@ class Engine:
                 raise
             self.totals.requests += 1
             self._lock.notify_all()
-        return ticket
+
+    def receive(self, ticket: Ticket, handover: Handover, on_place: Callable[[], None] = lambda: None) -> None:
+        """Goes on with a request whose prompt another engine has read; any thread may.
+
+        Args:
+          ticket: of `new_ticket` with the handover's request; it has the first token then, which nobody is told of.
+          on_place: called, from the engine's thread, when its pages are here and the other side may forget them.
+        """
+        with self._lock:
+            self._fail_if_failed()
+            ticket.tokens.append(handover.first)
+            self._arrivals.append((ticket, handover, on_place))
+            self.totals.requests += 1
+            self._lock.notify_all()
+
+    def acknowledge(self, ticket: Ticket) -> None:
+        """Another engine has what `hand_over` gave; any thread may. The ticket ends, and its pages are free."""
+        with self._lock:
+            for row in self._scheduler.rows:
+                if row.ticket is ticket:
+                    self._scheduler.leave(row)
+                    ticket.push([], Finish.HANDED_OVER)
+            self._lock.notify_all()
 
     def turn(self) -> bool:
         """One turn: lets requests in, reads a chunk, takes a step. False if there was nothing to do."""
         with self._lock:
             self._end_cancelled()
+            placed = self._place_arrivals()
             for row in self._scheduler.admit():
                 self.totals.prompt_tokens += row.to_read
                 self.totals.reused_tokens += row.read
@@ -133,7 +179,7 @@ class Engine:
             self.totals.preemptions = self._scheduler.preemptions
         if decodes:
             self._decode(decodes)
-        return bool(reads or decodes)
+        return bool(reads or decodes or placed)
 
     def run(self) -> None:
         """Turns until nothing is left to do."""
@@ -182,7 +228,7 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._lock:
-                while not self._stopping and not self._scheduler.tickets():
+                while not self._stopping and not self._has_work():
                     self._lock.wait()
                 if self._stopping:
                     return
@@ -192,6 +238,20 @@ class Engine:
                 self.error = error
                 self._end_all(Finish.ERROR, error)
                 return
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
+    def _has_work(self) -> bool:
+        """Whether a turn would do something: all but wait for others to take rows over."""
+        rows = self._scheduler.rows
+        return bool(self._arrivals or self._scheduler.waiting
+                    or any(not row.held or row.ticket.cancelled for row in rows))
+
+    def _fail_if_failed(self) -> None:
+        if self.error is not None:
+            raise RuntimeError(f"the engine has failed: {self.error}") from self.error
 
     def _check(self, request: Request) -> None:
         if len(request.prompt) == 0 or request.max_new_tokens < 1:
@@ -224,8 +284,10 @@ class Engine:
         with self._lock:
             for row, count in counts.items():
                 self._scheduler.did_read(row, count)
-                if not row.reading:
+                if not row.reading and self._hand_over is None:
                     self._give(row, [int(next_b[row.device])])
+                elif not row.reading:
+                    self._offer(row, int(next_b[row.device]))
             self.totals.chunks += 1
             self.totals.read_tokens += sum(counts.values())
             self._pace.did_read(time.perf_counter() - began, sum(counts.values()))
@@ -268,6 +330,53 @@ class Engine:
             self._scheduler.leave(row)
         row.ticket.push(kept, finish)
 
+    def _offer(self, row: Row, first: int) -> None:
+        """A row whose prompt is read to another engine, unless its first token is its last."""
+        kept, finish = row.ticket.kept([first])
+        if finish is not None:
+            return self._give(row, [first])
+        row.tokens += kept
+        row.held = True
+        self.totals.new_tokens += 1
+        count = -(-row.read // self.sizes.page_size)
+        arrays, window = self._programs.take(self._state, row.device, row.place, row.pages[:count],
+                                             self._width([row.read]))
+        row.ticket.push(kept)
+        assert self._hand_over is not None
+        self._hand_over(row.ticket, Handover(row.ticket.request, first, arrays, window))
+
+    def _place_arrivals(self) -> bool:
+        """Gives rows to requests that other engines have read, as long as there is room."""
+        placed = False
+        while self._arrivals:
+            ticket, handover, on_place = self._arrivals[0]
+            if ticket.cancelled:
+                ticket.push([], Finish.CANCELLED)
+                on_place()
+            else:
+                row = self._scheduler.adopt(ticket, handover.first)
+                if row is None:
+                    break
+                self._adopt(row, handover)
+                placed = True
+                on_place()
+            self._arrivals.popleft()
+        return placed
+
+    def _adopt(self, row: Row, handover: Handover) -> None:
+        """Puts what came into the row's pages."""
+        count = handover.arrays_LJSx[0].shape[1]
+        arrival = self._programs.no_arrival(self._width([count * self.sizes.page_size]))
+        lane = row.device
+        arrival.place_b[lane], arrival.lengths_b[lane], arrival.last_b[lane] = row.place, row.read, handover.first
+        arrival.table_bJ[lane, :count] = row.pages[:count]
+        arrival.seen_bV[lane, row.tokens] = True
+        for mine, given in zip(arrival.arrays_bLJSx, handover.arrays_LJSx, strict=True):
+            mine[lane, :, :count] = given
+        for mine, given in zip(arrival.window or (), handover.window or (), strict=True):
+            mine[lane] = given
+        self._state = self._programs.adopt(self._state, arrival)
+
     def _end_cancelled(self) -> None:
         waiting, rows = self._scheduler.remove_cancelled()
         for row in rows:
@@ -277,12 +386,13 @@ class Engine:
 
     def _end_all(self, finish: Finish, error: BaseException | None = None) -> None:
         with self._lock:
-            for ticket in self._scheduler.tickets():
+            tickets = [*self._scheduler.tickets(), *(ticket for ticket, _, _ in self._arrivals)]
+            for ticket in tickets:
                 ticket.cancel()
-            waiting, rows = self._scheduler.remove_cancelled()
-            for row in rows:
+            for row in self._scheduler.remove_cancelled()[1]:
                 self._scheduler.leave(row)
-            for ticket in [*waiting, *(row.ticket for row in rows)]:
+            self._arrivals.clear()
+            for ticket in tickets:
                 ticket.push([], finish, error)
 
     def _widths(self) -> list[int]:

@@ -25,6 +25,8 @@ class Finish(enum.StrEnum):
     """It has `max_new_tokens`."""
     CANCELLED = "cancelled"
     """`Ticket.cancel`."""
+    HANDED_OVER = "handed_over"
+    """Another engine goes on with it."""
     ERROR = "error"
     """The engine failed; see `Ticket.error`."""
 
@@ -57,7 +59,8 @@ class Ticket:
       prompt_tokens_reused: tokens of the prompt that pages of earlier requests held.
     """
 
-    def __init__(self, request: Request, listener: Listener | None = None):
+    def __init__(self, request: Request, listener: Listener | None = None,
+                 on_cancel: Callable[[], None] = lambda: None):
         self.request, self.number = request, next(_NUMBERS)
         self.tokens: list[int] = []
         self.finish: Finish | None = None
@@ -66,13 +69,14 @@ class Ticket:
         self.arrived_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
-        self._listener = listener
+        self._listener, self._on_cancel = listener, on_cancel
         self._changed = threading.Condition()
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Asks the engine to end it; what was made so far stays."""
+        """Asks the engine to end it, which it does before its next step; what was made so far stays."""
         self._cancelled = True
+        self._on_cancel()
 
     @property
     def cancelled(self) -> bool:

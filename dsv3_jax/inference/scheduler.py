@@ -69,16 +69,18 @@ class Row:
     tokens: list[int]
     """Prompt and answer so far."""
     pages: list[int]
-    first: int
-    """Tokens of the beginning that were found in pages."""
-    read: int
-    """Tokens whose entries are in the cache, or will be after the steps planned."""
     to_read: int
     """Tokens of the beginning that are read in chunks: all but those decoded since."""
-    named: int
+    first: int = 0
+    """Tokens of the beginning that were found in pages."""
+    read: int = 0
+    """Tokens whose entries are in the cache."""
+    named: int = 0
     """Pages that others may find, from the first."""
-    name: PageName
+    name: PageName = b""
     """Of the last of these."""
+    held: bool = False
+    """It waits for another engine to take it over, and does not decode."""
 
     @property
     def reading(self) -> bool:
@@ -150,6 +152,21 @@ class Scheduler:
             new.append(row)
         return new
 
+    def adopt(self, ticket: Ticket, first: int) -> Row | None:
+        """A row for a request whose prompt another engine has read, with pages for it and for a step; None if there is
+        no room yet."""
+        prompt = ticket.request.prompt.tolist()
+        free = [device for device, rows in enumerate(self._rows) if None in rows]
+        if not free:
+            return None
+        device = max(free, key=lambda d: self.pools[d].available)
+        pages = self.pools[device].take(self._pages_for(len(prompt) + 1 + self._ahead))
+        if pages is None:
+            return None
+        row = self._new_row(ticket, device, [*prompt, first], pages)
+        self.did_decode(row, len(prompt))
+        return row
+
     def reads(self) -> list[Row]:
         """The row of each device whose prompt is read next: the first that came."""
         firsts: dict[int, Row] = {}
@@ -168,7 +185,8 @@ class Scheduler:
         the last first."""
         ready = []
         for row in self.rows:
-            if self._rows[row.device][row.place] is row and not row.reading and self._has_room(row):
+            waits = row.reading or row.held
+            if self._rows[row.device][row.place] is row and not waits and self._has_room(row):
                 ready.append(row)
         return [row for row in ready if self._rows[row.device][row.place] is row]
 
@@ -214,12 +232,16 @@ class Scheduler:
         if more is None:
             pool.release(held)
             return None
-        self._arrivals += 1
-        row = Row(ticket, device, self._rows[device].index(None), self._arrivals, tokens, held + more,
-                  first=len(held) * size, read=len(held) * size, to_read=len(tokens), named=len(held),
-                  name=names[len(held) - 1] if held else b"")
+        row = self._new_row(ticket, device, tokens, held + more)
+        row.first = row.read = len(held) * size
+        row.named, row.name = len(held), names[len(held) - 1] if held else b""
         if not ticket.tokens:
             ticket.prompt_tokens_reused = row.read
+        return row
+
+    def _new_row(self, ticket: Ticket, device: int, tokens: list[int], pages: list[int]) -> Row:
+        self._arrivals += 1
+        row = Row(ticket, device, self._rows[device].index(None), self._arrivals, tokens, pages, len(tokens))
         self._rows[device][row.place] = row
         return row
 

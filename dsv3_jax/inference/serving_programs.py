@@ -64,6 +64,21 @@ class Chunk(NamedTuple):
     """int32: pages of the row."""
 
 
+class Arrival(NamedTuple):
+    """Rows that other engines have read, a lane a device; NumPy arrays that become jax.Arrays."""
+
+    place_b: Any
+    """int32: which of its device's rows; -1 for none."""
+    table_bJ: Any
+    """int32: pages for it."""
+    arrays_bLJSx: tuple[Any, ...]
+    """What they hold."""
+    lengths_b: Any
+    last_b: Any
+    seen_bV: Any
+    window: Window | None
+
+
 class ServingPrograms:
     """The programs for one model on one mesh.
 
@@ -78,11 +93,16 @@ class ServingPrograms:
         self._rows, self._pages, self._page_size = rows * self.devices, pages * self.devices, page_size
         everywhere, of_pages, of_rows = (NamedSharding(on_mesh.mesh, spec) for spec in (PartitionSpec(), PAGES, ROWS))
         with jax.set_mesh(on_mesh.mesh):
-            storage, *rest = jax.eval_shape(self._nothing)
+            self._shapes = jax.eval_shape(self._nothing)
+        storage, *rest = self._shapes
         # Said in full: a state that came back laid out in other words would be a reason to compile again.
         layout = ServingState(
             dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx), table_BJ=everywhere),
             *jax.tree.map(lambda x: of_rows, rest))
+        self._take: Any = jax.jit(self._taken)
+        self._adopt: Any = jax.jit(self._adopted, donate_argnames="state", out_shardings=layout)
+        self._takes: dict[int, Any] = {}
+        self._adopts: dict[int, Any] = {}
         self._reads: dict[tuple[int, int], Any] = {}
         self._steps: dict[int, Any] = {}
         self._empty = jax.jit(self._nothing, out_shardings=layout)
@@ -106,6 +126,43 @@ class ServingPrograms:
                 table, active = self._placed((np.zeros((self._rows, width), np.int32), np.zeros(self._rows, bool)))
                 self._steps[width] = self._step.lower(weights, state, table, active, rows_R).compile()
         return len(self._reads) + len(self._steps)
+
+    def compile_handover(self, state: ServingState, widths: Sequence[int], gives: bool, takes: bool) -> int:
+        """Compiles what gives rows to other engines, or takes theirs; how many programs there are."""
+        with jax.set_mesh(self.on_mesh.mesh):
+            for width in widths:
+                if gives:
+                    place, table = np.zeros(self.devices, np.int32), np.zeros((self.devices, width), np.int32)
+                    self._takes[width] = self._take.lower(state, *self._placed((place, table))).compile()
+                if takes:
+                    self._adopts[width] = self._adopt.lower(state, self._placed(self.no_arrival(width))).compile()
+        return len(self._takes) + len(self._adopts)
+
+    def take(self, state: ServingState, device: int, place: int, pages: Sequence[int],
+             width: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, np.ndarray] | None]:
+        """What these pages of one row hold, [L, pages, S, x] each, and its window."""
+        place_b, table_bJ = np.full(self.devices, -1, np.int32), np.zeros((self.devices, width), np.int32)
+        place_b[device], table_bJ[device, :len(pages)] = place, pages
+        arrays, window = self._takes[width](state, *self._placed((place_b, table_bJ)))
+
+        def of_device(x: jax.Array) -> np.ndarray:
+            return np.asarray(x[device])
+        return (tuple(of_device(x)[:, :len(pages)] for x in arrays),
+                None if window is None else (of_device(window[0]), of_device(window[1])))
+
+    def no_arrival(self, width: int) -> Arrival:
+        """Lanes without a row, for tables of so many pages."""
+        lanes, config = self.devices, self.on_mesh.model
+        state = self._shapes
+        arrays = tuple(np.zeros((lanes, x.shape[0], width, *x.shape[2:]), x.dtype) for x in state.storage.arrays_LPSx)
+        window: Any = jax.tree.map(lambda x: np.zeros((lanes, *x.shape[1:]), x.dtype), state.window)
+        last_b, lengths_b = np.zeros((2, lanes), np.int32)
+        return Arrival(np.full(lanes, -1, np.int32), np.full((lanes, width), -1, np.int32), arrays, lengths_b, last_b,
+                       np.zeros((lanes, config.vocab_size), bool), window)
+
+    def adopt(self, state: ServingState, arrival: Arrival) -> ServingState:
+        """The state with rows that have arrived."""
+        return self._adopts[arrival.table_bJ.shape[1]](state, self._placed(arrival))
 
     def idle_chunk(self, size: int, width: int) -> Chunk:
         """One of `size` tokens and tables of `width` pages, in which no lane has anything to do."""
@@ -143,6 +200,26 @@ class ServingPrograms:
             window = Window(hidden, zeros((self._rows, size)))
         return ServingState(storage, zeros(self._rows), zeros(self._rows),
                             jnp.zeros((self._rows, config.vocab_size), bool), window)
+
+    def _taken(self, state: ServingState, place_b: jax.Array, table_bJ: jax.Array) -> tuple[Any, Any]:
+        def local(arrays: tuple[jax.Array, ...], table_bJ: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(jnp.moveaxis(array[:, table_bJ], 1, 0) for array in arrays)
+        arrays = on_each_device(local, (PAGES, ROWS), ROWS)(state.storage.arrays_LPSx, table_bJ)
+        return arrays, _rows_of(place_b, state.window)
+
+    def _adopted(self, state: ServingState, arrival: Arrival) -> ServingState:
+        pages = self._pages // self.devices
+
+        def local(arrays: tuple[jax.Array, ...], new: tuple[jax.Array, ...],
+                  table_bJ: jax.Array) -> tuple[jax.Array, ...]:
+            at_bJ = jnp.where(table_bJ < 0, pages, table_bJ)  # outside: dropped
+            return tuple(array.at[:, at_bJ].set(jnp.moveaxis(x, 0, 1), mode="drop")
+                         for array, x in zip(arrays, new, strict=True))
+        arrays = on_each_device(local, (PAGES, ROWS, ROWS), PAGES)(state.storage.arrays_LPSx, arrival.arrays_bLJSx,
+                                                                   arrival.table_bJ)
+        changed = arrival.lengths_b, arrival.last_b, arrival.seen_bV, arrival.window
+        return ServingState(dataclasses.replace(state.storage, arrays_LPSx=arrays),
+                            *_with_rows(arrival.place_b, state[1:], changed))
 
     def _advance(self, weights: nnx.State, state: ServingState, table_RJ: jax.Array, active_R: jax.Array,
                  rows: RowSampling) -> tuple[ServingState, jax.Array, jax.Array]:
