@@ -7,6 +7,7 @@ layers out on the ranks that compute them, on two for DualPipe, and brings gradi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.expert_parallel.plan import Traffic
 from dsv3_jax.mesh import AXES, BATCH_AXES, axes_of, check_batch, on_each_device, shardings
-from dsv3_jax.nn.block import layer_of
+from dsv3_jax.nn.block import layer_of, recomputed
 from dsv3_jax.nn.dual import halves, joined
 from dsv3_jax.nn.model import DeepSeekV3, embed_with_depths, run_prediction_modules
 from dsv3_jax.nn.moe import RouterStats
@@ -179,7 +180,8 @@ class _Stages:
             hidden = joined(through) if config.mesh.dual else through
             main = mtp = jnp.zeros(())
             if layers.last:
-                main, mtp, more = self._end(weights, bias, hidden, ahead, tokens, positions_T)
+                end = recomputed(self._end, config.recompute)
+                main, mtp, more = end(weights, bias, hidden, ahead, tokens, positions_T)
                 stats += [jax.tree.map(lambda x: x[0], of_layer) for of_layer in more]
                 hidden = jnp.zeros_like(hidden)
             for place, of_layer in enumerate(stats):
@@ -192,12 +194,14 @@ class _Stages:
 
     def _end(self, weights: Any, bias: Any, hidden: jax.Array, ahead: list[jax.Array], tokens: jax.Array,
              positions_T: jax.Array) -> tuple[jax.Array, jax.Array, list[RouterStats]]:
-        """Losses, and statistics of the multi-token-prediction modules."""
+        """Losses, and statistics of the multi-token-prediction modules. Their layers do not compute anything again by
+        themselves: the whole is, and would do it twice."""
         config, graph = self._config, self._graph
+        execution = dataclasses.replace(config.execution, recompute="none")
         normed = nnx.merge(graph["norm"], weights["norm"])(hidden)
         previous = hidden if config.model.mtp_hidden == "pre_norm" else normed
         modules = [nnx.merge(graphdef, weights["mtp"][k], bias["mtp"][k]) for k, graphdef in enumerate(self._mtp_graph)]
-        mtp_hidden, stats = run_prediction_modules(modules, previous, ahead, positions_T, config.execution)
+        mtp_hidden, stats = run_prediction_modules(modules, previous, ahead, positions_T, execution)
         head = nnx.merge(graph["lm_head"], weights["lm_head"])
         return *prediction_losses(head, normed, mtp_hidden, tokens, self._depth), stats
 
