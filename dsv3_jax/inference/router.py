@@ -132,13 +132,21 @@ class Router:
                 case "placed":  # with the first token: the prefill worker's own word of it may come later
                     job.prefill = None
                     self._answer(job, 0, header["ids"], None)
-                case "refused" if header["forever"]:
-                    self._end(job, Finish.ERROR, RuntimeError(header["why"]))
-                case "refused":
-                    self._abandon(job)
                     self._begin_what_can()
                 case "tokens":
                     self._answer(job, header["at"], header["ids"], header["finish"])
+                case "refused":
+                    self._refused(job, header)
+
+    def _refused(self, job: _Job, header: Header) -> None:
+        """For good, for now (until something else moves on), or because the worker's engine has failed."""
+        match header["why"]:
+            case "request":
+                self._end(job, Finish.ERROR, RuntimeError(header["says"]))
+            case "busy":
+                self._abandon(job)
+            case "engine":
+                self.lost(header["from"])
 
     def _answer(self, job: _Job, at: int, ids: Sequence[int], finish: str | None) -> None:
         """Passes on what the caller does not have yet: both workers' messages travel on ways of their own."""
@@ -155,6 +163,7 @@ class Router:
         if finish is not None:
             del self._jobs[job.number]
             self.totals.answered += 1
+            self._begin_what_can()
         if fresh or finish is not None:
             job.ticket.push(fresh, None if finish is None else Finish(finish))
 

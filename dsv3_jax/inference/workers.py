@@ -66,7 +66,8 @@ class _Jobs:
             start(ticket)
         except (Busy, ConfigError, RuntimeError) as error:
             self._forget(ticket)
-            self.tell(header, "refused", why=str(error), forever=isinstance(error, ConfigError))
+            why = "request" if isinstance(error, ConfigError) else "busy" if isinstance(error, Busy) else "engine"
+            self.tell(header, "refused", why=why, says=str(error))
 
     def find(self, header: Header) -> Ticket | None:
         """The ticket of the attempt that a message is about, if it goes on."""

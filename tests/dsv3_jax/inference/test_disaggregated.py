@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.inference.disaggregated import Disaggregated
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.handover import Handover, handover_from, handover_message, pack, unpack
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
@@ -17,7 +18,7 @@ from dsv3_jax.inference.request import Finish, Request
 from dsv3_jax.inference.router import Router
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.scheduler import Busy, Sizes
-from dsv3_jax.inference.workers import ROUTER, DecodeWorker, Mailboxes, PrefillWorker
+from dsv3_jax.inference.workers import ROUTER
 from dsv3_jax.mesh import make_mesh
 from tests.dsv3_jax.inference.test_engine import MODEL, SMALL, answer_alone, requests, weights
 
@@ -33,44 +34,24 @@ def engine(out, up, first=0, sizes=SIZES, **options):
     return Engine(on_mesh, on_mesh.prepare(*weights()), sizes, chunks=(8, 16), **rest)
 
 
-class System:
-    """A router and workers in one process."""
+class System(Disaggregated):
+    """With engines of the test's model."""
 
     def __init__(self, **options):
-        self.mail, self.options, self.engines = Mailboxes(), options, {}
-        self.router = Router(self.mail.send)
-        self.mail.open(self.router)
+        super().__init__()
+        self.options = options
 
     def prefill(self, name, *mesh, **sizes):
-        worker = PrefillWorker(name, lambda push: engine(*mesh, hand_over=push, **self.options, **sizes),
-                               self.mail.send)
-        self._join(worker, True)
+        self.add_prefill(name, lambda push: engine(*mesh, hand_over=push, **self.options, **sizes))
 
     def decode(self, name, *mesh, **sizes):
-        self._join(DecodeWorker(name, engine(*mesh, receives=True, **self.options, **sizes), self.mail.send), False)
-
-    def _join(self, worker, prefill):
-        self.engines[worker.name] = worker.engine
-        worker.engine.start()
-        self.mail.open(worker)
-        self.router.joined(worker.name, prefill)
-
-    def lose(self, name):
-        """The worker hears and says no more."""
-        self.mail.close(name)
-        self.router.lost(name)
-        self.engines.pop(name).stop()
-
-    def stop(self):
-        for each in self.engines.values():
-            each.stop()
+        self.add_decode(name, engine(*mesh, receives=True, **self.options, **sizes))
 
 
 @pytest.fixture
 def system(request):
-    made = System(**getattr(request, "param", {}))
-    yield made
-    made.stop()
+    with System(**getattr(request, "param", {})) as made:
+        yield made
 
 
 def settled(system):
@@ -90,7 +71,7 @@ def test_answers_are_those_of_one_engine(system, eight_devices):
     system.decode("decode", 2, 2, 2)
     asked = requests(14)
     heard = []
-    tickets = [system.router.submit(request, lambda ids, finish: heard.extend(ids)) for request in asked]
+    tickets = [system.submit(request, lambda ids, finish: heard.extend(ids)) for request in asked]
     for request, ticket in zip(asked, tickets, strict=True):
         assert ticket.wait(120) == answer_alone(request)
         assert ticket.finish is Finish.LENGTH
@@ -101,7 +82,7 @@ def test_answers_are_those_of_one_engine(system, eight_devices):
     assert reads.steps == 0
     assert reads.reused_tokens > 0
     assert steps.chunks == 0
-    assert steps.new_tokens + reads.new_tokens == len(heard)
+    assert system.totals.new_tokens == steps.new_tokens + reads.new_tokens == len(heard)
 
 
 def test_nothing_is_lost_or_answered_twice_when_workers_are_lost(system, eight_devices):
@@ -111,15 +92,15 @@ def test_nothing_is_lost_or_answered_twice_when_workers_are_lost(system, eight_d
     system.decode("decode 2", 1, 1, 2)
     asked = [dataclasses.replace(request, max_new_tokens=18) for request in requests(12, seed=11)]
     heard = [[] for _ in asked]
-    tickets = [system.router.submit(request, lambda ids, _, n=n: heard[n].extend(ids))
+    tickets = [system.submit(request, lambda ids, _, n=n: heard[n].extend(ids))
                for n, request in enumerate(asked)]
     while min(sum(len(ids) > 1 for ids in heard), 3) < 3:
         time.sleep(0.01)
-    system.lose("decode 1")
+    system.remove("decode 1")
     while sum(ticket.finish is not None for ticket in tickets) < 3:
         time.sleep(0.01)
-    system.lose("prefill")
-    late = system.router.submit(asked[0])
+    system.remove("prefill")
+    late = system.submit(asked[0])
     system.prefill("prefill again", 1, 1, 3)
     for request, ticket, ids in zip(asked, tickets, heard, strict=True):
         assert ticket.wait(120) == ids == answer_alone(request)
@@ -133,7 +114,7 @@ def test_a_request_that_is_cancelled_frees_its_pages_on_both_sides(system, eight
     system.prefill("prefill", 1, 1)
     system.decode("decode", 1, 1, 1, sizes=dataclasses.replace(SMALL, rows=1))
     prompt = np.arange(20, dtype=np.int32)
-    tickets = [system.router.submit(Request(prompt + n, 24, Sampling(temperature=0))) for n in range(4)]
+    tickets = [system.submit(Request(prompt + n, 24, Sampling(temperature=0))) for n in range(4)]
     next(iter(tickets[0]))
     for ticket in (tickets[0], tickets[2]):  # one decodes, the other waits in the prefill worker's pages
         ticket.cancel()
@@ -142,7 +123,21 @@ def test_a_request_that_is_cancelled_frees_its_pages_on_both_sides(system, eight
     for number in (1, 3):
         assert len(tickets[number].wait(60)) == 24
     assert settled(system)
-    assert system.router.waiting == system.router.running == 0
+    assert system.waiting == system.running == 0
+
+
+def test_an_engine_that_fails_is_left(system, eight_devices, monkeypatch):
+    """Its requests go on elsewhere, and nobody sends it another."""
+    system.prefill("prefill", 1, 1)
+    system.decode("broken", 1, 1, 1)
+    monkeypatch.setattr(system.engines["broken"]._programs, "step", lambda *_: 1 / 0)
+    ticket = system.submit(requests(1)[0])
+    while system.engines["broken"].error is None:
+        time.sleep(0.01)
+    system.decode("sound", 1, 1, 2)
+    assert ticket.wait(60) == answer_alone(ticket.request)
+    assert system.submit(ticket.request).wait(60) == ticket.tokens
+    assert system.engines["broken"].totals.requests == 1
 
 
 def test_a_router_has_its_limits():
@@ -157,7 +152,7 @@ def test_a_router_has_its_limits():
     router.joined("d", prefill=False)
     assert [(to, header["kind"], header["deliver_to"]) for to, header in sent] == [("p", "read", "d")] * 2
     job = {"job": sent[0][1]["job"], "attempt": 0, "from": "p"}
-    router.handle({**job, "kind": "refused", "why": "too long", "forever": True})
+    router.handle({**job, "kind": "refused", "why": "request", "says": "too long"})
     with pytest.raises(RuntimeError, match="too long"):
         first.wait(1)
     second = {"job": sent[1][1]["job"], "attempt": 0, "from": "d"}
@@ -168,8 +163,13 @@ def test_a_router_has_its_limits():
     router.handle({**second, "kind": "tokens", "at": 2, "ids": [9], "finish": "length"})
     assert router.totals.dropped == 1
     router.joined("d", prefill=False)
+    sent[-1][1]["from"] = "p"
+    router.handle({**sent[-1][1], "kind": "refused", "why": "busy", "says": "later"})
+    before = len(sent)
+    router.joined("d", prefill=False)
+    assert sent[before][1]["attempt"] == 2
     again = sent[-1][1]
-    assert (again["attempt"], again["request"]["prompt"], again["request"]["max_new_tokens"]) == (1, [0, 1, 2, 7, 8], 2)
+    assert (again["attempt"], again["request"]["prompt"], again["request"]["max_new_tokens"]) == (2, [0, 1, 2, 7, 8], 2)
 
 
 def test_messages_arrive_as_they_were_sent():
