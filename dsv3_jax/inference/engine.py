@@ -1,7 +1,7 @@
 """Continuous batching: requests come and go while the others decode.
 
-Each turn of the engine lets waiting requests in, reads a chunk of one prompt on each device, and takes a step of all
-rows that have read theirs. The answer to a request is the one it would get alone.
+Each turn of the engine lets waiting requests in, reads a chunk of one prompt on each device, or takes a step of all
+rows that have read theirs, or both (see `pace`). The answer to a request is the one it would get alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dsv3_jax.inference.sampling import Sampling, sampling_rows
 from dsv3_jax.inference.scheduler import Busy, Row, Scheduler, Sizes
 from dsv3_jax.inference.serving_programs import ServingPrograms
 
-CHUNKS = (32, 256)
-"""Tokens of a prompt that are read at once; the smaller where no more are left."""
+CHUNKS = (16, 64, 256)
+"""Tokens of a prompt that are read at once, see `Engine._chunk_for`."""
 SMALLEST_TABLE = 4
-"""Pages that a program sees: this many, or a power of four times it, up to all of a row."""
+"""Pages of a row that a program sees: this many, or a power of four times it, up to all."""
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class Engine:
         self.totals = Totals(accepted=[0] * self._ahead)
         self.error: BaseException | None = None
         self._state = self._programs.empty()
-        self.programs = self._programs.compile(weights, self._state, self._chunks, self._widths())
+        self.programs = self._programs.compile(weights, self._state, self._chunks, self._counts(), self._widths())
         self._hand_over = hand_over
         if hand_over is not None or receives:
             gives = hand_over is not None
@@ -175,7 +175,9 @@ class Engine:
         if reads:
             self._read(reads)
         with self._lock:
-            decodes = self._scheduler.decodes()
+            # A step costs little more for many rows than for few, so the rows that are being read wait to join it.
+            first = self._pace.reads_first and self._scheduler.reads()
+            decodes = [] if first else self._scheduler.decodes()
             self.totals.preemptions = self._scheduler.preemptions
         if decodes:
             self._decode(decodes)
@@ -266,7 +268,7 @@ class Engine:
         """A chunk of each row."""
         began = time.perf_counter()
         left = max(row.to_read - row.read for row in reads)
-        size = next((size for size in self._chunks if size >= left), self._chunks[-1])
+        size = self._chunk_for(left)
         chunk = self._programs.idle_chunk(size, self._width(min(row.read + size, row.to_read) for row in reads))
         sampling = [Sampling(temperature=0)] * self._devices
         counts = {}
@@ -292,34 +294,38 @@ class Engine:
             self.totals.read_tokens += sum(counts.values())
             self._pace.did_read(time.perf_counter() - began, sum(counts.values()))
 
+    def _chunk_for(self, left: int) -> int:
+        """The least chunk that holds so many tokens if it is more than half full then, else the greatest within it."""
+        size = next((size for size in self._chunks if size >= left), self._chunks[-1])
+        return size if 2 * left > size else max((s for s in self._chunks if s <= left), default=size)
+
     def _decode(self, rows: list[Row]) -> None:
         """A step of these rows."""
         began = time.perf_counter()
-        tokens_RQ, counts_R = self._step(rows, self._width(row.read + 1 + self._ahead for row in rows))
+        of_device = [[row for row in rows if row.device == device] for device in range(self._devices)]
+        most = max(map(len, of_device))
+        count = next(count for count in self._counts() if count >= most)
+        width = self._width(row.read + 1 + self._ahead for row in rows)
+        place_b = np.full(count * self._devices, -1, np.int32)
+        table_bJ = np.full((count * self._devices, width), -1, np.int32)
+        sampling = [Sampling(temperature=0)] * len(place_b)
+        lanes = {device * count + number: row for device, own in enumerate(of_device) for number, row in enumerate(own)}
+        for lane, row in lanes.items():
+            pages = row.pages[:width]
+            place_b[lane], table_bJ[lane, :len(pages)] = row.place, pages
+            sampling[lane] = row.ticket.request.sampling
+        self._state, tokens_bQ, counts_b = self._programs.step(self._weights, self._state, place_b, table_bJ,
+                                                               sampling_rows(sampling))
         with self._lock:
-            for row in rows:
-                at = row.device * self.sizes.rows + row.place
-                count = int(counts_R[at])
-                self._scheduler.did_decode(row, count)
-                for draft in range(count - 1):
+            for lane, row in lanes.items():
+                added = int(counts_b[lane])
+                self._scheduler.did_decode(row, added)
+                for draft in range(added - 1):
                     self.totals.accepted[draft] += 1
-                self._give(row, tokens_RQ[at, :count].tolist())
+                self._give(row, tokens_bQ[lane, :added].tolist())
             self.totals.steps += 1
             self.totals.row_steps += len(rows)
             self._pace.did_step(time.perf_counter() - began)
-
-    def _step(self, rows: list[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
-        count = self._devices * self.sizes.rows
-        table_RJ, active_R = np.full((count, width), -1, np.int32), np.zeros(count, bool)
-        sampling = [Sampling(temperature=0)] * count
-        for row in rows:
-            at = row.device * self.sizes.rows + row.place
-            pages = row.pages[:width]
-            table_RJ[at, :len(pages)], active_R[at] = pages, True
-            sampling[at] = row.ticket.request.sampling
-        self._state, tokens_RQ, counts_R = self._programs.step(self._weights, self._state, table_RJ, active_R,
-                                                               sampling_rows(sampling))
-        return tokens_RQ, counts_R
 
     def _give(self, row: Row, ids: list[int]) -> None:
         """New tokens to the row and to who asked for them."""
@@ -395,16 +401,24 @@ class Engine:
             for ticket in tickets:
                 ticket.push([], finish, error)
 
+    def _counts(self) -> list[int]:
+        """Rows of each device that steps are compiled for."""
+        return _up_to(self.sizes.rows, 1)
+
     def _widths(self) -> list[int]:
-        """Pages that programs are compiled for."""
-        widths, width = [], SMALLEST_TABLE
-        while width < self.sizes.pages_per_row:
-            widths.append(width)
-            width *= 4
-        return [*widths, self.sizes.pages_per_row]
+        """Pages of a row that programs are compiled for."""
+        return _up_to(self.sizes.pages_per_row, SMALLEST_TABLE)
 
     def _width(self, tokens: Iterable[int]) -> int:
         """The least that holds the longest of these numbers of tokens."""
         longest = -(-max(tokens) // self.sizes.page_size)
         return next(width for width in self._widths() if width >= longest)
 
+
+def _up_to(most: int, smallest: int) -> list[int]:
+    """`smallest` and powers of four times it below `most`, and `most`."""
+    sizes = []
+    while smallest < most:
+        sizes.append(smallest)
+        smallest *= 4
+    return [*sizes, most]

@@ -14,10 +14,11 @@ LONGEST_PAUSE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Latencies to keep, as far as admission and the order of work can. None: as fast as it goes."""
+    """Latencies to keep, as far as admission and the order of work can. None: the most throughput."""
 
     seconds_per_token: float | None = None
-    """Mean time between tokens of a request: prompts are read in the time that steps leave of it."""
+    """Mean time between tokens of a request: prompts are read in the time that steps leave of it. None: prompts are
+    read first, so that steps have many rows."""
     seconds_to_first_token: float | None = None
     """A request that would have to wait longer is refused at once."""
 
@@ -32,6 +33,11 @@ class Pace:
         self._read: deque[float] = deque(maxlen=RECENT)
         self._spare_s = 0.0
         self._since_read = 0
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether steps wait until all rows have read their prompts."""
+        return self._targets.seconds_per_token is None
 
     def did_step(self, seconds: float) -> None:
         """A step of all rows took so long."""
@@ -62,12 +68,7 @@ class Pace:
             return 0.0
         each_s = sum(self._chunks) / max(1, sum(self._read))
         target, step_s = self._targets.seconds_per_token, statistics.median(self._steps) if self._steps else 0.0
-        share = 1.0
-        if target is not None and self._steps:
-            share = max(target - step_s, 0.05 * target) / target
-        elif self._steps:  # a step follows every chunk
-            chunk_s = statistics.median(self._chunks)
-            share = chunk_s / (chunk_s + step_s)
+        share = 1.0 if target is None else max(target - step_s, 0.05 * target) / target
         return unread * each_s / share
 
     def is_late(self, unread: int) -> bool:

@@ -3,8 +3,9 @@
 Both read and write the same pages and rows, which stay on the devices. Shapes are few (sizes of chunks, widths of page
 tables) and known ahead, so all programs are compiled before the first request.
 
-Names: R rows of all devices, b lanes (one a device, or idle), C tokens of a chunk, K prediction modules in use, J pages
-of a row that a program sees, W = K + 1 positions that modules look back at.
+Names: R rows of all devices, b lanes of a program (rows it works on, equally many a device, some of them idle), C
+tokens of a chunk, K prediction modules in use, J pages of a row that a program sees, W = K + 1 positions that modules
+look back at.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class ServingPrograms:
         self._takes: dict[int, Any] = {}
         self._adopts: dict[int, Any] = {}
         self._reads: dict[tuple[int, int], Any] = {}
-        self._steps: dict[int, Any] = {}
+        self._steps: dict[tuple[int, int], Any] = {}
         self._empty = jax.jit(self._nothing, out_shardings=layout)
         self._read: Any = jax.jit(self._read_chunk, donate_argnames="state", out_shardings=(layout, everywhere))
         self._step: Any = jax.jit(self._advance, donate_argnames="state",
@@ -115,16 +116,21 @@ class ServingPrograms:
         with jax.set_mesh(self.on_mesh.mesh):
             return self._empty()
 
-    def compile(self, weights: nnx.State, state: ServingState, chunks: Sequence[int], widths: Sequence[int]) -> int:
-        """Compiles all programs for these sizes of chunks and widths of tables; how many there are."""
-        rows_b, rows_R = (self._placed(sampling_rows([Sampling()] * count)) for count in (self.devices, self._rows))
+    def compile(self, weights: nnx.State, state: ServingState, chunks: Sequence[int], rows: Sequence[int],
+                widths: Sequence[int]) -> int:
+        """Compiles all programs for these sizes of chunks, rows of a device in a step, and widths of tables; how many
+        there are."""
+        def sampled(lanes: int) -> Any:
+            return self._placed(sampling_rows([Sampling()] * lanes))
         with jax.set_mesh(self.on_mesh.mesh):
             for width in widths:
                 for size in chunks:
                     chunk = self._placed(self.idle_chunk(size, width))
-                    self._reads[size, width] = self._read.lower(weights, state, chunk, rows_b).compile()
-                table, active = self._placed((np.zeros((self._rows, width), np.int32), np.zeros(self._rows, bool)))
-                self._steps[width] = self._step.lower(weights, state, table, active, rows_R).compile()
+                    self._reads[size, width] = self._read.lower(weights, state, chunk, sampled(self.devices)).compile()
+                for count in rows:
+                    lanes = count * self.devices
+                    place, table = self._placed((np.zeros(lanes, np.int32), np.zeros((lanes, width), np.int32)))
+                    self._steps[count, width] = self._step.lower(weights, state, place, table, sampled(lanes)).compile()
         return len(self._reads) + len(self._steps)
 
     def compile_handover(self, state: ServingState, widths: Sequence[int], gives: bool, takes: bool) -> int:
@@ -178,11 +184,16 @@ class ServingPrograms:
         state, tokens = run(weights, state, self._placed(chunk), self._placed(rows))
         return state, np.asarray(tokens)
 
-    def step(self, weights: nnx.State, state: ServingState, table_RJ: np.ndarray, active_R: np.ndarray,
+    def step(self, weights: nnx.State, state: ServingState, place_b: np.ndarray, table_bJ: np.ndarray,
              rows: RowSampling) -> tuple[ServingState, np.ndarray, np.ndarray]:
-        """A step of the active rows; int32 [R, Q] new tokens and int32 [R], how many each row got."""
-        run = self._steps[table_RJ.shape[1]]
-        state, tokens, counts = run(weights, state, *self._placed((table_RJ, active_R)), self._placed(rows))
+        """A step of some rows, equally many of each device; int32 [b, Q] new tokens and int32 [b], how many each got.
+
+        Args:
+          place_b: int32, which of its device's rows; -1 for none.
+          table_bJ: int32, the pages of each; -1 for none.
+        """
+        run = self._steps[len(place_b) // self.devices, table_bJ.shape[1]]
+        state, tokens, counts = run(weights, state, *self._placed((place_b, table_bJ)), self._placed(rows))
         return state, np.asarray(tokens), np.asarray(counts)
 
     def _placed(self, arrays: Any) -> Any:
@@ -221,14 +232,15 @@ class ServingPrograms:
         return ServingState(dataclasses.replace(state.storage, arrays_LPSx=arrays),
                             *_with_rows(arrival.place_b, state[1:], changed))
 
-    def _advance(self, weights: nnx.State, state: ServingState, table_RJ: jax.Array, active_R: jax.Array,
+    def _advance(self, weights: nnx.State, state: ServingState, place_b: jax.Array, table_bJ: jax.Array,
                  rows: RowSampling) -> tuple[ServingState, jax.Array, jax.Array]:
         model = nnx.merge(self.on_mesh.structure, weights)
-        cache = LatentCache(state.storage.of_rows(table_RJ), state.lengths_R)
-        after, tokens_RQ, counts_R = advance(model, DecodeState(cache, state.last_R, state.seen_RV, state.window),
-                                             active_R, rows, self.on_mesh.execution)
-        return (ServingState(_without_rows(after.cache), after.cache.lengths_B, after.last_B, after.seen_BV,
-                             after.window), tokens_RQ, counts_R)
+        lengths_b, *others = _rows_of(place_b, state[1:])
+        before = DecodeState(LatentCache(state.storage.of_rows(table_bJ), lengths_b), *others)
+        after, tokens_bQ, counts_b = advance(model, before, place_b >= 0, rows, self.on_mesh.execution)
+        changed = after.cache.lengths_B, after.last_B, after.seen_BV, after.window
+        return (ServingState(_without_rows(after.cache), *_with_rows(place_b, state[1:], changed)), tokens_bQ,
+                counts_b)
 
     def _read_chunk(self, weights: nnx.State, state: ServingState, chunk: Chunk,
                     rows: RowSampling) -> tuple[ServingState, jax.Array]:

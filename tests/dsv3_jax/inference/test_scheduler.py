@@ -149,12 +149,13 @@ def test_no_prompt_starves_where_steps_alone_take_too_long():
 
 
 def test_a_request_that_would_wait_too_long_is_known_at_once():
-    """0.2 ms a token and 20 ms a chunk, a step of 10 ms after each: 0.3 ms a token."""
-    pace = Pace(Targets(seconds_to_first_token=0.3))
-    assert not pace.is_late(10 ** 9), "nothing is measured"
-    for _ in range(4):
-        pace.did_read(0.02, 100)
-        pace.did_step(0.01)
-    assert pace.wait_s(900) == pytest.approx(0.27)
-    assert not pace.is_late(900)
-    assert pace.is_late(1100)
+    """0.2 ms a token; if steps of 10 ms have to come every 15 ms, a third of the time is left for it."""
+    for target, wait_s in ((None, 0.18), (0.015, 0.54)):
+        pace = Pace(Targets(seconds_per_token=target, seconds_to_first_token=1.1 * wait_s))
+        assert not pace.is_late(10 ** 9), "nothing is measured"
+        for _ in range(4):
+            pace.did_read(0.02, 100)
+            pace.did_step(0.01)
+        assert pace.wait_s(900) == pytest.approx(wait_s)
+        assert not pace.is_late(900)
+        assert pace.is_late(1000)
