@@ -215,17 +215,20 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests without a row."""
-        return self._scheduler.waiting
+        with self._lock:
+            return self._scheduler.waiting + len(self._arrivals)
 
     @property
     def running(self) -> int:
         """Requests with one."""
-        return len(self._scheduler.rows)
+        with self._lock:
+            return len(self._scheduler.rows)
 
     @property
     def free_pages(self) -> int:
         """Pages that no request holds, of all devices."""
-        return sum(pool.available for pool in self._scheduler.pools)
+        with self._lock:
+            return sum(pool.available for pool in self._scheduler.pools)
 
     def _serve(self) -> None:
         while True:

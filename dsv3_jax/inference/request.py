@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,8 +121,14 @@ class Ticket:
             if finish is not None:
                 self.ended_s, self.error, self.finish = now, error, finish
             self._changed.notify_all()
-        if self._listener is not None:
+        if self._listener is None:
+            return
+        try:
             self._listener(ids, finish)
+        except Exception as problem:  # the listener's, which must not end the engine and all other requests
+            print(f"the listener of request {self.number} failed: {problem!r}", file=sys.stderr)
+            self._listener = None
+            self.cancel()
 
     def kept(self, ids: Sequence[int]) -> tuple[list[int], Finish | None]:
         """Those of new `ids` that the request still takes, and the end if they are the last."""
