@@ -7,11 +7,14 @@ see. So it attends to what the ring held before, beside its own tokens, and writ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.paged_attention import paged_attention
+from dsv3_jax.inference.paged_storage import PagedStorage
 from dsv3_jax.inference.storage import Storage
 from dsv3_jax.nn.attention import MultiHeadLatentAttention, project_and_attend
 from dsv3_jax.nn.cached_attention import absorbed_attention
@@ -34,6 +37,9 @@ def attend(attention: MultiHeadLatentAttention | GroupedQueryAttention, normed_B
 
         def cached(*entries: jax.Array) -> jax.Array:
             return absorbed_attention(attention, *queries, *entries)
+
+        def paged(storage: PagedStorage) -> jax.Array:
+            return paged_attention(attention, *queries, storage, layer, positions_BQ, span.lengths_B)
     else:
         query, parts = attention.query(normed_BQD, positions_BQ), attention.key_value(normed_BQD, positions_BQ)
 
@@ -48,11 +54,19 @@ def attend(attention: MultiHeadLatentAttention | GroupedQueryAttention, normed_B
     storage = storage.write(layer, entries_BQW, _slots(span, storage.capacity, config.attention_window is not None))
     if span.fresh:
         return among(), storage
+    if isinstance(attention, MultiHeadLatentAttention) and _has_kernels(storage, config, normed_BQD.dtype):
+        return paged(storage), storage
     if config.attention_window is None:
         return cached(storage.read(layer, normed_BQD.dtype), positions_BQ, span.lengths_B), storage
     entries_BNW = jnp.concatenate([before.read(layer, normed_BQD.dtype), before.rounded(entries_BQW)], axis=1)
     held_BN = jnp.concatenate([_held(span, before.capacity), jnp.where(span.real_BQ, positions_BQ, -1)], axis=1)
     return cached(entries_BNW, positions_BQ, span.lengths_B, held_BN), storage
+
+
+def _has_kernels(storage: Storage, config: ModelConfig, dtype: jnp.dtype) -> TypeGuard[PagedStorage]:
+    """Whether kernels read it: pages, whose values outside the 8 bits are of the activations' type, and no window."""
+    return (isinstance(storage, PagedStorage) and config.attention_window is None
+            and storage.arrays_LPSx[-1].dtype == dtype)
 
 
 def _slots(span: Span, capacity: int, ring: bool) -> jax.Array:

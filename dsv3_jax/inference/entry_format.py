@@ -37,6 +37,10 @@ class EntryFormat(Protocol):
     def arrays(self) -> tuple[tuple[int, jnp.dtype], ...]:
         """Width and type of each array."""
 
+    @property
+    def scales(self) -> int | None:
+        """Which of them holds scales."""
+
     def encode(self, entries: jax.Array) -> tuple[jax.Array, ...]:
         """[..., W] -> the arrays, [..., width] each."""
 
@@ -54,6 +58,10 @@ class PlainFormat:
     @property
     def arrays(self) -> tuple[tuple[int, jnp.dtype], ...]:
         return ((self.width, self.dtype),)
+
+    @property
+    def scales(self) -> int | None:
+        return None
 
     def encode(self, entries: jax.Array) -> tuple[jax.Array, ...]:
         return (entries.astype(self.dtype),)
@@ -78,6 +86,10 @@ class EightBitFormat:
     def arrays(self) -> tuple[tuple[int, jnp.dtype], ...]:
         coded = (sum(self.layout.parts), self.dtype), (self.layout.tiles, jnp.dtype(jnp.float32))
         return (*coded, (self.layout.plain, jnp.dtype(jnp.bfloat16))) if self.layout.plain else coded
+
+    @property
+    def scales(self) -> int | None:
+        return 1
 
     def encode(self, entries: jax.Array) -> tuple[jax.Array, ...]:
         *parts, plain = jnp.split(entries, _starts(self.layout), axis=-1)

@@ -25,7 +25,8 @@ class PagedStorage:
     """Entries in P pages of S each, and the pages of B rows; see `Storage`."""
 
     arrays_LPSx: tuple[jax.Array, ...]
-    """Of `EntryFormat.encode`."""
+    """Of `EntryFormat.encode`, but scales are [L, P, x, S]: those of neighbouring entries side by side, as kernels want
+    them."""
     table_BJ: jax.Array
     """int32: the page of each S positions of a row, counted from its device's first; -1 for none."""
     format: EntryFormat = dataclasses.field(metadata={"static": True})
@@ -38,7 +39,8 @@ class PagedStorage:
           pages: P, of all devices together.
           size: S, positions of a page.
         """
-        arrays = tuple(jnp.zeros((layers, pages, size, width), dtype) for width, dtype in form.arrays)
+        arrays = tuple(jnp.zeros((layers, pages, *((width, size) if number == form.scales else (size, width))), dtype)
+                       for number, (width, dtype) in enumerate(form.arrays))
         return cls(arrays, jnp.zeros((0, 0), jnp.int32), form)
 
     @property
@@ -68,8 +70,10 @@ class PagedStorage:
             page_BQ = jnp.take_along_axis(table_BJ, jnp.clip(place_BQ, 0, table_BJ.shape[1] - 1), axis=1)
             is_there = (positions_BQ >= 0) & (place_BQ < table_BJ.shape[1]) & (page_BQ >= 0)
             page_BQ = jnp.where(is_there, page_BQ, pages)  # outside: dropped
-            return tuple(array.at[layer, page_BQ, positions_BQ % size].set(new, mode="drop")
-                         for array, new in zip(arrays, encoded, strict=True))
+            slot_BQ = positions_BQ % size
+            return tuple(array.at[(layer, page_BQ, slice(None), slot_BQ) if number == self.format.scales
+                                  else (layer, page_BQ, slot_BQ)].set(new, mode="drop")
+                         for number, (array, new) in enumerate(zip(arrays, encoded, strict=True)))
         write = on_each_device(local, (PAGES, ROWS, ROWS, ROWS, PartitionSpec()), PAGES)
         arrays = write(self.arrays_LPSx, self.format.encode(entries_BQW), self.table_BJ, positions_BQ,
                        jnp.asarray(layer))
@@ -78,7 +82,9 @@ class PagedStorage:
     def read(self, layer: jax.Array | int, dtype: jnp.dtype) -> jax.Array:
         def local(arrays: tuple[jax.Array, ...], table_BJ: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
             # A place without a page reads page 0: nobody looks at positions beyond the row's length.
-            found = (array[layer, jnp.maximum(table_BJ, 0)] for array in arrays)
+            found = [array[layer, jnp.maximum(table_BJ, 0)] for array in arrays]
+            if self.format.scales is not None:
+                found[self.format.scales] = jnp.swapaxes(found[self.format.scales], -1, -2)
             return tuple(x.reshape(x.shape[0], -1, x.shape[-1]) for x in found)
         read = on_each_device(local, (PAGES, ROWS, PartitionSpec()), ROWS)
         return self.format.decode(read(self.arrays_LPSx, self.table_BJ, jnp.asarray(layer)), dtype)

@@ -39,16 +39,33 @@ def absorbed_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q
       [B, Q, H, v_head_dim] in the queries' dtype; softmax in float32.
     """
     c = attention.config
-    up_CHD = attention.kv_b_proj.weight[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
-    key_CHD, value_CHD = jnp.split(up_CHD, [c.qk_nope_head_dim], axis=-1)
-    query_BQHC = jnp.einsum("bqhd,chd->bqhc", q_nope, key_CHD, preferred_element_type=jnp.float32)
-    query_BQHW = jnp.concatenate([query_BQHC.astype(q_nope.dtype), q_rope], axis=-1)
+    query_BQHW = absorb(attention, q_nope, q_rope)
     held_BN = in_order(entries_BNW.shape[1], lengths_B) if held_BN is None else held_BN
     entries_BNW = without_unused(entries_BNW, held_BN)
     scores = jnp.einsum("bqhw,bnw->bhqn", query_BQHW, entries_BNW, preferred_element_type=jnp.float32)
     weights = cached_softmax(scores * softmax_scale(c), positions_BQ, held_BN, c.attention_window).astype(q_nope.dtype)
-    latent_BQHC = jnp.einsum("bhqn,bnc->bqhc", weights, entries_BNW[..., :c.kv_lora_rank])
+    return unabsorb(attention, jnp.einsum("bhqn,bnc->bqhc", weights, entries_BNW[..., :c.kv_lora_rank]))
+
+
+def absorb(attention: MultiHeadLatentAttention, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+    """Queries that meet entries of the cache: [B, Q, H, W]."""
+    key_CHD, _ = _halves_of_up_projection(attention)
+    query_BQHC = jnp.einsum("bqhd,chd->bqhc", q_nope, key_CHD, preferred_element_type=jnp.float32)
+    return jnp.concatenate([query_BQHC.astype(q_nope.dtype), q_rope], axis=-1)
+
+
+def unabsorb(attention: MultiHeadLatentAttention, latent_BQHC: jax.Array) -> jax.Array:
+    """Weighted sums of latents -> heads' outputs [B, Q, H, v_head_dim]."""
+    _, value_CHD = _halves_of_up_projection(attention)
     return jnp.einsum("bqhc,chd->bqhd", latent_BQHC, value_CHD)
+
+
+def _halves_of_up_projection(attention: MultiHeadLatentAttention) -> tuple[jax.Array, jax.Array]:
+    """W^UK and W^UV, [C, H, ...]."""
+    c = attention.config
+    up_CHD = attention.kv_b_proj.weight[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+    key_CHD, value_CHD = jnp.split(up_CHD, [c.qk_nope_head_dim], axis=-1)
+    return key_CHD, value_CHD
 
 
 def projected_attention(attention: MultiHeadLatentAttention, q_nope: jax.Array, q_rope: jax.Array,
