@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, Precision
 from dsv3_jax.inference.cache import CacheFormat
 from dsv3_jax.inference.forward import unstacked
-from dsv3_jax.mesh import AXES, batch_sharding, gather_for_compute, shardings
+from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, batch_sharding, gather_for_compute, shardings
 from dsv3_jax.nn.model import model_structure, split_model
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT, compute_weights, inference_weights
 
@@ -61,6 +61,17 @@ class ModelOnMesh:
             params, router_bias = (jax.device_put(x, shardings(x, self.mesh)) for x in (params, router_bias))
         with jax.set_mesh(self.mesh):
             return self._prepare(params, router_bias)
+
+    def shapes(self) -> nnx.State:
+        """Shapes and layouts of what `prepare` returns."""
+        def prepared() -> nnx.State:
+            _, params, router_bias = split_model(self.model, precision=self._precision)
+            return self._prepared(params, router_bias)
+        with jax.set_mesh(self.mesh):
+            weights = jax.eval_shape(prepared)
+        table = STORAGE if self._spread else COMPUTE
+        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), weights,
+                            shardings(weights, self.mesh, table))
 
     @property
     def activations(self) -> jnp.dtype:

@@ -97,7 +97,7 @@ class ServingPrograms:
             self._shapes = jax.eval_shape(self._nothing)
         storage, *rest = self._shapes
         # Said in full: a state that came back laid out in other words would be a reason to compile again.
-        layout = ServingState(
+        self._layout = layout = ServingState(
             dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx), table_BJ=everywhere),
             *jax.tree.map(lambda x: of_rows, rest))
         self._take: Any = jax.jit(self._taken)
@@ -120,18 +120,35 @@ class ServingPrograms:
                 widths: Sequence[int]) -> int:
         """Compiles all programs for these sizes of chunks, rows of a device in a step, and widths of tables; how many
         there are."""
-        def sampled(lanes: int) -> Any:
-            return self._placed(sampling_rows([Sampling()] * lanes))
-        with jax.set_mesh(self.on_mesh.mesh):
-            for width in widths:
-                for size in chunks:
-                    chunk = self._placed(self.idle_chunk(size, width))
-                    self._reads[size, width] = self._read.lower(weights, state, chunk, sampled(self.devices)).compile()
-                for count in rows:
-                    lanes = count * self.devices
-                    place, table = self._placed((np.zeros(lanes, np.int32), np.zeros((lanes, width), np.int32)))
-                    self._steps[count, width] = self._step.lower(weights, state, place, table, sampled(lanes)).compile()
+        for width in widths:
+            for size in chunks:
+                self._reads[size, width] = self.lower_read(weights, state, size, width).compile()
+            for count in rows:
+                self._steps[count, width] = self.lower_step(weights, state, count, width).compile()
         return len(self._reads) + len(self._steps)
+
+    def lower_read(self, weights: nnx.State, state: ServingState, size: int, width: int) -> Any:
+        """The program that reads a chunk of `size` tokens, rows having `width` pages; of shapes alone if need be."""
+        return self._lowered(self._read, weights, state, self.idle_chunk(size, width),
+                             sampling_rows([Sampling()] * self.devices))
+
+    def lower_step(self, weights: nnx.State, state: ServingState, count: int, width: int) -> Any:
+        """The program of a step of `count` rows of each device."""
+        lanes = count * self.devices
+        return self._lowered(self._step, weights, state, np.zeros(lanes, np.int32), np.zeros((lanes, width), np.int32),
+                             sampling_rows([Sampling()] * lanes))
+
+    def shapes(self) -> tuple[nnx.State, ServingState]:
+        """Of weights and state, laid out: what the lowering of programs for devices that are not there takes."""
+        state = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                             self._shapes, self._layout)
+        return self.on_mesh.shapes(), state
+
+    def _lowered(self, program: Any, weights: nnx.State, state: ServingState, *arrays: Any) -> Any:
+        of_rows = NamedSharding(self.on_mesh.mesh, ROWS)
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_rows), arrays)
+        with jax.set_mesh(self.on_mesh.mesh):
+            return program.lower(weights, state, *given)
 
     def compile_handover(self, state: ServingState, widths: Sequence[int], gives: bool, takes: bool) -> int:
         """Compiles what gives rows to other engines, or takes theirs; how many programs there are."""
