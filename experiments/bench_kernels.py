@@ -4,7 +4,7 @@
   python experiments/bench_kernels.py --operations fp8_matmul --rows 4096 --no-baselines
   python experiments/bench_kernels.py --operations fp8_matmul fp8_wgrad --tune
 
-On a Hopper card or a TPU, for every shape: the result against the dequantised operands' product in float32 by
+On a Hopper card or a TPU, for every shape: the result against plain JAX in float32, on dequantised operands, by
 DeepGEMM's metric (casts: to the bit); the median time of a call with L2 flushed, without warming up; its rates; how
 many times faster it is than XLA in bfloat16 (of a cast, than XLA's compilation of plain JAX), XLA in float8 with a
 scale for each tensor, and torch's scaled matmul where torch with CUDA is installed; and its share of the fastest that
