@@ -4,7 +4,7 @@
   python experiments/bench_kernels.py --operations fp8_matmul --rows 4096 --no-baselines
   python experiments/bench_kernels.py --operations fp8_matmul fp8_wgrad --tune
 
-On a Hopper card or a TPU, for every shape: the result against the dequantised operands' product in float32 by
+On a Hopper card or a TPU, for every shape: the result against plain JAX in float32, on dequantised operands, by
 DeepGEMM's metric (casts: to the bit); the median time of a call with L2 flushed, without warming up; its rates; how
 many times faster it is than XLA in bfloat16 (of a cast, than XLA's compilation of plain JAX), XLA in float8 with a
 scale for each tensor, and torch's scaled matmul where torch with CUDA is installed; and its share of the fastest that
@@ -40,7 +40,8 @@ from dsv3_jax.config import ConfigError, MeshConfig
 from dsv3_jax.training import runtime
 from experiments.command_line import finish, provenance, standard_output_for_json, write_report
 from pallas_kernels import hopper, tuning
-from pallas_kernels.benchmark.cases import OPERATIONS, Case, OperationName, published_cases, small_cases
+from pallas_kernels.benchmark.case import OPERATIONS, Case, OperationName
+from pallas_kernels.benchmark.cases import published_cases, small_cases
 from pallas_kernels.benchmark.checking import check, check_oracle
 from pallas_kernels.benchmark.interpretation import interpreted
 from pallas_kernels.benchmark.rivals import Rival, of_product
@@ -277,7 +278,7 @@ def predict(case: Case) -> dict[str, Any]:
         kind = HARDWARE[name]
         return case.floor_seconds(kind.peak_flops.get(case.operand, kind.peak_flops["bf16"]), kind.hbm_bandwidth)
     clocks, rate = case.predicted_clocks, H100.peak_flops[case.operand]
-    expected = max((clocks or 0) / H100_CLOCK, case.bytes / (COPY_SHARE * H100.hbm_bandwidth))
+    expected = max((clocks or 0) / H100_CLOCK, case.flops / rate, case.bytes / (COPY_SHARE * H100.hbm_bandwidth))
     return {"operation": case.operation, "shape": case.shape, "flops": case.flops, "bytes": case.bytes,
             "floor_microseconds": {name: 1e6 * floor(name) for name in TARGETS},
             "bound_by": "FLOPs" if case.flops / rate > case.bytes / H100.hbm_bandwidth else "bytes",
@@ -384,7 +385,8 @@ def _prediction_report(result: dict[str, Any]) -> list[str]:
     far = sorted((row for row in result["rows"] if row["flops"]), key=lambda row: row["expected_share_of_floor"])[:3]
     lines += ["Floors: the larger of FLOPs over peak and least bytes over bandwidth, of one JAX device, nominal rates. "
               f"Expected on an H100: the rule that tiles are chosen by, at {result['h100_clock_ghz']:.2f} GHz, or the "
-              f"bytes at {result['copy_share']:.0%} of the bandwidth, whichever is longer.",
+              f"bytes at {result['copy_share']:.0%} of the bandwidth, whichever is longer; for attention, which has no "
+              "such rule, no more than its FLOPs at the peak.",
               "Furthest from their floor, so first to be tuned: " + ", ".join(
                   f"{row['operation']} {row['shape']} ({row['expected_share_of_floor']:.0%})" for row in far) + "."
               if far else "No rule says more of casts than their bytes.", ""]

@@ -1,4 +1,4 @@
-"""What is measured: each operation at the shapes of DeepSeek-V3, with its work, its oracle and its rivals.
+"""What is measured: each operation at the shapes of DeepSeek-V3.
 
 Dimensions: M rows or tokens, N columns of the result, K terms of the sum, E groups, P rows of all groups, A and B the
 sides of a weight's gradient.
@@ -6,30 +6,24 @@ sides of a weight's gradient.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.benchmark import rivals
+from pallas_kernels.benchmark import attention_cases, rivals
+from pallas_kernels.benchmark.case import OPERATIONS, Case, OperationName
 from pallas_kernels.benchmark.rivals import Rival
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_wgrad import fp8_wgrad
 from pallas_kernels.grouped_fp8_matmul import grouped_fp8_matmul, grouped_fp8_wgrad
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.hopper import Tile
 from pallas_kernels.quantise import quantise, quantise_both, quantise_transposed, swiglu_quantise
 from pallas_kernels.targets import Backend
-
-OperationName = Literal["fp8_matmul", "fp8_wgrad", "grouped_fp8_matmul", "grouped_fp8_wgrad", "grouped_matmul",
-                        "quantise", "quantise_transposed", "quantise_both", "swiglu_quantise"]
-OPERATIONS: tuple[OperationName, ...] = get_args(OperationName)
 
 ROWS = (1, 64, 128, 4096)
 WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
@@ -38,71 +32,6 @@ TOKENS, WIDTHS = 4096, (7168, 2048)
 GROUPS, ROWS_PER_GROUP = 4, 8192
 EXPERTS = ((4096, 7168), (7168, 2048))
 """(N, K) of an expert's two products."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One operation at one shape."""
-
-    operation: OperationName
-    shape: str
-    """As a reader knows it."""
-    rows: int
-    draw: Callable[[jax.Array], tuple[jax.Array, ...]]
-    """Random key -> operands."""
-    run: Callable[..., Any]
-    """(*operands, backend=...): the operation as its caller has it."""
-    oracle: Callable[..., Any]
-    """The same in plain JAX, in float32; of a cast, the very bits."""
-    flops: float = 0
-    operand: Literal["fp8", "bf16"] = "fp8"
-    """What is multiplied."""
-    other_sizes: tuple[int, ...] = ()
-    """Group sizes that the operation must get right as well: the last operand, in place of the drawn ones."""
-    key: tuning.Key | None = None
-    """What a Hopper kernel's tile is chosen by."""
-    whole_tiles: bool = False
-    rivals: Mapping[str, Sequence[Rival]] = dataclasses.field(default_factory=dict)
-    """What else computes it, by the name of the column; of several ways to write it the fastest counts."""
-    torch_shape: tuple[int, int, int] | None = None
-    """(M, N, K) of a product that torch has too."""
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether the result must equal the oracle's to the bit."""
-        return "quantise" in self.operation
-
-    @functools.cached_property
-    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return jax.eval_shape(self.draw, jax.random.key(0))
-
-    @functools.cached_property
-    def bytes(self) -> int:
-        """That must move at least: each operand read once, each result written once."""
-        out = jax.eval_shape(functools.partial(self.run, backend="reference"), *self.operands)
-        return sum(math.prod(array.shape) * array.dtype.itemsize for array in (*self.operands, *jax.tree.leaves(out)))
-
-    @property
-    def tile(self) -> Tile | None:
-        """Which tile a Hopper kernel takes; None where there is no choice."""
-        if self.key is None:
-            return None
-        if self.operand == "bf16":
-            from pallas_kernels.grouped_matmul import gpu
-            return gpu.tile_for(BLOCK, self.key.columns)
-        return tuning.tile_for(**dataclasses.asdict(self.key), whole=self.whole_tiles)
-
-    @property
-    def predicted_clocks(self) -> float | None:
-        """Of a Hopper card, by the rule that tiles are chosen by; None where it says nothing."""
-        if self.key is None or self.tile is None:
-            return None
-        return tuning.predicted_clocks(**dataclasses.asdict(self.key), shape=(self.tile.rows, self.tile.columns),
-                                       itemsize=1 if self.operand == "fp8" else 2)
-
-    def floor_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """What the work takes at these rates, whichever bounds it."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def published_cases(operations: Sequence[OperationName] = OPERATIONS, rows: Sequence[int] = ()) -> list[Case]:
@@ -114,7 +43,7 @@ def published_cases(operations: Sequence[OperationName] = OPERATIONS, rows: Sequ
         "grouped_fp8_matmul": lambda: [grouped_product(groups, uneven, n, k) for n, k in EXPERTS],
         "grouped_fp8_wgrad": lambda: [grouped_gradient(groups, uneven, n, k) for n, k in EXPERTS],
         "grouped_matmul": lambda: [grouped_bf16_product(groups, uneven, n, k) for n, k in EXPERTS]}
-    makers |= {name: functools.partial(_casts, name) for name in CASTS}
+    makers |= {name: functools.partial(_casts, name) for name in CASTS} | attention_cases.PUBLISHED
     return [case for name in operations for case in makers[name]() if not rows or case.rows in rows]
 
 
@@ -127,7 +56,7 @@ def small_cases(operations: Sequence[OperationName] = OPERATIONS) -> list[Case]:
     cases = {"fp8_matmul": product(72, 192, 256), "fp8_wgrad": gradient(256, 64, 128),
              "grouped_fp8_matmul": grouped_product((128, 128), (0, 128), 192, 256),
              "grouped_fp8_wgrad": grouped_gradient((128, 128), (0, 128), 64, 128),
-             "grouped_matmul": grouped_bf16_product((128, 128), (0, 128), 128, 128)}
+             "grouped_matmul": grouped_bf16_product((128, 128), (0, 128), 128, 128), **attention_cases.small()}
     return [cases[name] if name in cases else cast(name, 160, 256) for name in operations]
 
 

@@ -26,9 +26,9 @@ def mla_attention(q_nope: jax.Array, q_rope: jax.Array, kv: jax.Array, k_rope: j
     others', so every sum has one order and results are the same each time. Blocks of keys that no query of a block sees
     are neither read nor multiplied.
 
-    Arithmetic floor: 2 B H pairs (N + R + V) FLOPs forward and 2 B H pairs (6 (N + R) + 4 V) / 2 backward, of which the
-    two kernels do 1.4 times as much; causal, pairs = Q (Q + 1) / 2. With 4096 tokens and 128 heads of DeepSeek-V3 that
-    is 688 and 1787 GFLOP, 695 and 1807 us on an H100 (989 TFLOP/s).
+    Arithmetic floor: 2 B H pairs (N + R + V) FLOPs forward, and 2 B H pairs (3 (N + R) + 2 V) backward, of which the
+    two kernels do 1.4 times as many; of a whole sequence pairs = Q (Q + 1) / 2. With 4096 tokens and 128 heads of
+    DeepSeek-V3 that is 687 and 1787 GFLOP, 695 and 1807 us on an H100 (989 TFLOP/s).
 
     Args:
       q_nope: [B, Q, H, N]; q_rope: [B, Q, H, R], rotated.

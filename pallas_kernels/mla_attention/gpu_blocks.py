@@ -84,14 +84,15 @@ def place_of(lengths_B: Ref, start_1: Ref) -> Place:
 def kernel(name: str, s: Shape, tiles: int, body: Callable[..., Sequence[Callable[[], None]]], outs: Sequence[Any],
            scratch: Sequence[Any], registers: Sequence[int], operands: Operands, extent: Extent,
            *more: jax.Array) -> Sequence[jax.Array]:
-    """Runs the functions that `body(*references)` gives, each in a warpgroup with so many registers a thread.
+    """Runs the functions that `body(*references)` gives, each in a warpgroup with so many registers a thread, of which
+    there are 512 for all.
 
     Tiles of one head run beside each other, and find its keys and values in L2.
     """
     def run(*refs: Ref) -> None:
         def task(act: Callable[[], None], count: int) -> Callable[[], None]:
             def with_registers() -> None:
-                plgpu.set_max_registers(count, action="decrease" if count < 168 else "increase")
+                plgpu.set_max_registers(count, action="decrease" if count < 512 // len(registers) else "increase")
                 act()
             return with_registers
         tasks = [task(act, count) for act, count in zip(body(*refs), registers, strict=True)]

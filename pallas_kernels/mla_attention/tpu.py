@@ -47,8 +47,10 @@ def misfit(problem: Problem) -> str:
         return "bfloat16 or float32"
     if problem.nope % LANES or problem.value % LANES:
         return f"keys and values of heads divisible by {LANES}"
+    if not problem.some or not problem.rope:
+        return "rotated keys, and some rows"
     group = heads_of_step(problem.rope)
-    return "" if problem.some and problem.heads % group == 0 else f"heads divisible by {group}, and some"
+    return "" if problem.heads % group == 0 else f"heads divisible by {group}"
 
 
 def forward(operands: Operands, extent: Extent, scale: float) -> tuple[jax.Array, jax.Array]:

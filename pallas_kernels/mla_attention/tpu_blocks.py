@@ -24,7 +24,7 @@ Ref = Any
 
 def heads_of_step(rope: int) -> int:
     """Whose rotated queries fill whole lanes."""
-    return math.lcm(rope, LANES) // rope if rope else 1
+    return math.lcm(rope, LANES) // rope
 
 
 class Shape(NamedTuple):

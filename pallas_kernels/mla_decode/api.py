@@ -53,24 +53,27 @@ def mla_decode(query_BQHW: jax.Array, pages: Pages, table_BN: jax.Array, lengths
       ValueError: widths or types that do not belong together, or a problem that the named `backend` does not serve.
     """
     rows, queries, heads, width = query_BQHW.shape
-    _check(pages, width, latent)
+    _check(pages, query_BQHW.dtype, width, latent)
     chex.assert_shape((table_BN, lengths_B), ((rows, None), (rows,)))
+    values = pages.codes_PSC if isinstance(pages, QuantizedPages) else pages
+    lengths_B = jnp.minimum(lengths_B, table_BN.shape[1] * values.shape[1])
     first_B = lengths_B - queries if first_B is None else first_B
     seen_BQ = jnp.clip(first_B[:, None] + jnp.arange(1, queries + 1), 0, lengths_B[:, None]).astype(jnp.int32)
 
     def run(name: Backend, *operands: jax.Array) -> Attended:
         return backend_module("mla_decode", name).attend(*operands, latent, scale)
-    quantized = isinstance(pages, QuantizedPages)
-    values = pages.codes_PSC if isinstance(pages, QuantizedPages) else pages
-    problem = Problem(queries * heads, latent, width - latent, values.shape[1], quantized, query_BQHW.dtype.name,
-                      bool(rows * values.shape[0] * table_BN.shape[1]))
+    problem = Problem(queries * heads, latent, width - latent, values.shape[1], isinstance(pages, QuantizedPages),
+                      query_BQHW.dtype.name, table_BN.size if values.shape[0] else 0)
     out_BRC, lse_BR = dispatch(run, problem, backend, query_BQHW.reshape(rows, queries * heads, width), pages,
                                table_BN.astype(jnp.int32), seen_BQ)
     return Attended(out_BRC.reshape(rows, queries, heads, latent), lse_BR.reshape(rows, queries, heads))
 
 
-def _check(pages: Pages, width: int, latent: int) -> None:
+def _check(pages: Pages, dtype: jnp.dtype, width: int, latent: int) -> None:
     """Raises ValueError unless pages hold entries of `width` values, of which `latent` are the latent."""
+    plain = pages.rope_PSR if isinstance(pages, QuantizedPages) else pages
+    if plain.dtype != dtype:
+        raise ValueError(f"what is not in 8 bits ({plain.dtype}) must have the queries' type ({dtype})")
     if not isinstance(pages, QuantizedPages):
         if pages.ndim != 3 or pages.shape[2] < width or not 0 < latent <= width:
             raise ValueError(f"pages {pages.shape} must be [P, S, {width} or more] as the queries are wide, of which "
@@ -96,8 +99,8 @@ class Problem(NamedTuple):
     """Entries."""
     quantized: bool
     dtype: str
-    some: bool
-    """Whether there are rows and pages at all."""
+    table: int
+    """Entries of the table of pages."""
 
     def misfit(self, backend: Backend) -> str:
         """See `targets.Problem`."""

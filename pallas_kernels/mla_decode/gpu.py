@@ -53,7 +53,7 @@ def misfit(problem: Problem) -> str:
         return "bfloat16, and jax 0.12"
     if problem.latent % (SUMMING * PIECE) or problem.latent > LARGEST_LATENT or problem.rope != ROPE:
         return f"a latent of 128, 256, 384 or {LARGEST_LATENT} and {ROPE} rotated values"
-    fits = problem.some and problem.rows and problem.page % BLOCK == 0
+    fits = problem.table and problem.rows and problem.page % BLOCK == 0
     return "" if fits else f"pages divisible by {BLOCK}, and some rows"
 
 

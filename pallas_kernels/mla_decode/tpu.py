@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 """Entries that are multiplied at once, at most, unless a page has more."""
-MOST_ROWS = 1024
+MOST_ROWS, MOST_TABLE = 1024, 2 ** 17
+"""The latter takes half of the memory for scalars: 512 rows of 32k entries in pages of 128."""
 PACKED_ROWS = {"bfloat16": 16, "float32": 8}
 """Rows of a register."""
 PACKED_CODES = 32
@@ -42,14 +43,20 @@ def misfit(problem: Problem) -> str:
     if problem.dtype not in PACKED_ROWS:
         return "bfloat16 or float32"
     unit = PACKED_CODES if problem.quantized else PACKED_ROWS[problem.dtype]
-    if not problem.some or not problem.rope or problem.latent % TILE or problem.page % unit:
+    if not problem.table or not problem.rope or problem.latent % TILE or problem.page % unit:
         return f"a latent divisible by {TILE}, a rotated part, pages divisible by {unit}, and some rows"
-    return "" if 0 < problem.rows <= MOST_ROWS else f"at most {MOST_ROWS} queries times heads"
+    if not 0 < problem.rows <= MOST_ROWS or problem.table > MOST_TABLE:
+        return f"at most {MOST_ROWS} queries times heads, and tables of at most {MOST_TABLE} pages in all"
+    return ""
 
 
 class _Order(NamedTuple):
     """In which blocks are copied: scalars that the copies of the next block are found by."""
 
+    table: jax.Array
+    """The tables of all rows in one dimension: with two, scalars' memory would pad the second."""
+    seen: jax.Array
+    """Entries that each query sees, likewise."""
     pages_B: jax.Array
     """Pages in use."""
     before_B: jax.Array
@@ -58,16 +65,15 @@ class _Order(NamedTuple):
     """The same core's next row that has entries, -1 for none."""
 
 
-def _order(seen_BQ: jax.Array, page: int, block: int, cores: int) -> _Order:
+def _order(table_BN: jax.Array, seen_BQ: jax.Array, page: int, block: int, cores: int) -> _Order:
     used_KB = jnp.max(seen_BQ, axis=1).reshape(cores, -1)
-    blocks_KB = pl.cdiv(used_KB, block)
-    row_KB = jnp.arange(used_KB.size, dtype=jnp.int32).reshape(cores, -1)
-    none = used_KB.size
-    here_KB = jnp.where(used_KB > 0, row_KB, none)
-    after_KB = jnp.concatenate([here_KB[:, 1:], jnp.full((cores, 1), none, jnp.int32)], axis=1)
+    blocks_KB, none = pl.cdiv(used_KB, block), used_KB.size
+    here_KB = jnp.where(used_KB > 0, jnp.arange(none).reshape(cores, -1), none)
+    after_KB = jnp.pad(here_KB[:, 1:], ((0, 0), (0, 1)), constant_values=none)
     next_KB = jax.lax.cummin(after_KB, axis=1, reverse=True)
-    return _Order(*(x.reshape(-1).astype(jnp.int32) for x in (
-        pl.cdiv(used_KB, page), jnp.cumsum(blocks_KB, axis=1) - blocks_KB, jnp.where(next_KB == none, -1, next_KB))))
+    parts = (table_BN, seen_BQ, pl.cdiv(used_KB, page), jnp.cumsum(blocks_KB, axis=1) - blocks_KB,
+             jnp.where(next_KB == none, -1, next_KB))
+    return _Order(*(part.reshape(-1).astype(jnp.int32) for part in parts))
 
 
 def attend(query_BRW: jax.Array, pages: Pages, table_BN: jax.Array, seen_BQ: jax.Array, latent: int,
@@ -81,11 +87,11 @@ def attend(query_BRW: jax.Array, pages: Pages, table_BN: jax.Array, seen_BQ: jax
     heads = count // queries
     more = -count % PACKED_ROWS[query_BRW.dtype.name]
     query_BRW = jnp.pad(query_BRW, ((0, 0), (0, more), (0, 0)))
-    order = _order(seen_BQ, page, pages_of_block * page, cores)
+    order = _order(table_BN, seen_BQ, page, pages_of_block * page, cores)
 
     def at(core: Any, i: Any, *_: Ref) -> tuple:
         return core * (rows // cores) + i, 0, 0
-    body = functools.partial(_body, heads=heads, latent=latent, scale=scale, rows_of_core=rows // cores)
+    body = functools.partial(_body, rows=rows, heads=heads, latent=latent, scale=scale)
     by_row = functools.partial(pl.BlockSpec, index_map=at)
     padded = count + more
     out_BRC, lse_B1R = pl.pallas_call(
@@ -93,7 +99,7 @@ def attend(query_BRW: jax.Array, pages: Pages, table_BN: jax.Array, seen_BQ: jax
         out_shape=[jax.ShapeDtypeStruct((rows, padded, latent), query_BRW.dtype),
                    jax.ShapeDtypeStruct((rows, 1, padded), jnp.float32)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2 + len(order), grid=(cores, rows // cores),
+            num_scalar_prefetch=len(order), grid=(cores, rows // cores),
             in_specs=[by_row((None, padded, width)), *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in arrays)],
             out_specs=[by_row((None, padded, latent)), by_row((None, 1, padded))],
             scratch_shapes=[*(pltpu.VMEM((2, pages_of_block, *a.shape[1:]), a.dtype) for a in arrays),
@@ -101,18 +107,18 @@ def attend(query_BRW: jax.Array, pages: Pages, table_BN: jax.Array, seen_BQ: jax
                             pltpu.VMEM((padded, 1), jnp.float32), pltpu.VMEM((padded, 1), jnp.float32)]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
                                              vmem_limit_bytes=VMEM_BYTES))(
-        table_BN, seen_BQ, *order, query_BRW, *arrays)
+        *order, query_BRW, *arrays)
     return Attended(out_BRC[:, :count], lse_B1R[:, 0, :count])
 
 
-def _body(table_BN: Ref, seen_BQ: Ref, pages_B: Ref, before_B: Ref, next_B: Ref, query: Ref, *refs: Ref, heads: int,
-          latent: int, scale: float, rows_of_core: int) -> None:
+def _body(table: Ref, seen: Ref, pages_B: Ref, before_B: Ref, next_B: Ref, query: Ref, *refs: Ref, rows: int,
+          heads: int, latent: int, scale: float) -> None:
     """One row: every block of its pages."""
     arrays = (len(refs) - 6) // 2
     sources, (out, lse), buffers = refs[:arrays], refs[arrays:arrays + 2], refs[arrays + 2:-4]
     arrived, total_out, top, total = refs[-4:]
-    row = pl.program_id(0) * rows_of_core + pl.program_id(1)
-    each = buffers[0].shape[1]
+    row = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+    each, most, queries = buffers[0].shape[1], table.shape[0] // rows, seen.shape[0] // rows
 
     def copies(of: Any, block: Any, turn: Any, act: str) -> None:
         """Starts or awaits the copies of a block's pages that are in use."""
@@ -120,7 +126,7 @@ def _body(table_BN: Ref, seen_BQ: Ref, pages_B: Ref, before_B: Ref, next_B: Ref,
 
         @pl.loop(0, jnp.minimum(each, pages_B[of] - block * each))
         def _(i):
-            page = table_BN[of, block * each + i]
+            page = table[of * most + block * each + i]
             for source, buffer in zip(sources, buffers, strict=True):
                 getattr(pltpu.make_async_copy(source.at[page], buffer.at[slot, i], arrived.at[slot]), act)()
     blocks = pl.cdiv(pages_B[row], each)
@@ -131,7 +137,7 @@ def _body(table_BN: Ref, seen_BQ: Ref, pages_B: Ref, before_B: Ref, next_B: Ref,
     total_out[...] = jnp.zeros_like(total_out)
     top[...] = jnp.full_like(top, jnp.finfo(jnp.float32).min)
     total[...] = jnp.zeros_like(total)
-    seen_R1 = _seen(seen_BQ, row, heads, query.shape[0])
+    seen_R1 = _seen([seen[row * queries + q] for q in range(queries)], heads, query.shape[0])
 
     @pl.loop(0, blocks)
     def _(block):
@@ -152,13 +158,13 @@ def _body(table_BN: Ref, seen_BQ: Ref, pages_B: Ref, before_B: Ref, next_B: Ref,
     lse[...] = jnp.where(some, top[...] + jnp.log(sums), -jnp.inf).T
 
 
-def _seen(seen_BQ: Ref, row: Any, heads: int, rows: int) -> jax.Array:
-    """int32 [R, 1]: entries that each row of the query sees; of rows that are padding, as many as the last."""
+def _seen(seen_Q: list[Any], heads: int, rows: int) -> jax.Array:
+    """int32 [R, 1]: entries that each row of the queries sees; of rows that are padding, as many as the last."""
     index = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    seen = jnp.full((rows, 1), seen_BQ[row, 0])
-    for q in range(1, seen_BQ.shape[1]):
-        seen = jnp.where(index >= q * heads, seen_BQ[row, q], seen)
-    return seen
+    seen_R1 = jnp.full((rows, 1), seen_Q[0])
+    for q, seen in enumerate(seen_Q):
+        seen_R1 = jnp.where(index >= q * heads, seen, seen_R1)
+    return seen_R1
 
 
 def _attend_block(block: list[Ref], query: Ref, seen_R1: jax.Array, latent: int, scale: float, total_out: Ref, top: Ref,

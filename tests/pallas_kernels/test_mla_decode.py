@@ -89,19 +89,22 @@ def test_parts_of_a_sequence_merge_to_the_whole():
 @pytest.mark.parametrize(("change", "message"), [
     ({"latent": 200}, r"pages \(3, 64, 192\) must be \[P, S, 192 or more\]"),
     ({"pages": jnp.zeros((3, 64, 100), jnp.bfloat16)}, r"pages \(3, 64, 100\) must be"),
-    ({"pages": QuantizedPages(jnp.zeros((3, 64, 100), jnp.int8), jnp.zeros((3, 1, 64)), jnp.zeros((3, 64, 64)))},
-     r"codes \(100\) must be as wide as the latent \(128\)"),
+    ({"pages": jnp.zeros((3, 64, 192))}, r"8 bits \(float32\) must have the queries' type \(bfloat16\)"),
+    ({"pages": QuantizedPages(jnp.zeros((3, 64, 100), jnp.int8), jnp.zeros((3, 1, 64)),
+                              jnp.zeros((3, 64, 64), jnp.bfloat16))}, r"codes \(100\) must be as wide as the latent"),
     ({"pages": QuantizedPages(*[jnp.zeros((3, 64, 128), jnp.bfloat16)] * 3)}, "codes are float8_e4m3fn or int8"),
     ({"backend": "tpu", "pages": jnp.zeros((3, 8, 192), jnp.bfloat16)}, "no tpu kernel .* pages divisible by 16"),
     ({"backend": "hopper", "pages": jnp.zeros((3, 32, 192), jnp.bfloat16)}, "no hopper kernel .* divisible by 64"),
-    ({"backend": "hopper", "query": jnp.zeros((1, 1, 2, 192), jnp.float32)}, "no hopper kernel .* needs bfloat16"),
-    ({"backend": "tpu", "query": jnp.zeros((1, 4, 512, 192), jnp.bfloat16)}, "at most 1024 queries times heads")])
+    ({"backend": "hopper", "query": jnp.zeros((1, 1, 2, 192)), "pages": jnp.zeros((3, 64, 192))},
+     "no hopper kernel .* needs bfloat16"),
+    ({"backend": "tpu", "query": jnp.zeros((1, 4, 512, 192), jnp.bfloat16)}, "at most 1024 queries times heads"),
+    ({"backend": "tpu", "table": jnp.zeros((1, 2 ** 17 + 1), jnp.int32)}, "tables of at most 131072 pages in all")])
 def test_mistakes_are_told(change, message):
     arguments = {"query": jnp.zeros((1, 1, 2, 192), jnp.bfloat16), "pages": jnp.zeros((3, 64, 192), jnp.bfloat16),
-                 "latent": 128, "backend": None} | change
-    query, pages = arguments.pop("query"), arguments.pop("pages")
+                 "table": jnp.zeros((1, 2), jnp.int32), "latent": 128, "backend": None} | change
+    operands = [arguments.pop(name) for name in ("query", "pages", "table")]
     with pytest.raises(ValueError, match=message):
-        mla_decode(query, pages, jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32), scale=1., **arguments)
+        mla_decode(*operands, jnp.ones(1, jnp.int32), scale=1., **arguments)
 
 
 def test_is_one_program_for_all_lengths():

@@ -40,5 +40,6 @@ def test_is_that_of_float64(case):
 
 def test_the_order_of_copies():
     """Of two cores with three rows each, in blocks of 64: 70 entries are two."""
-    order = tpu._order(jnp.asarray([[0], [70], [3], [5], [0], [0]]), page=32, block=64, cores=2)
-    assert np.asarray(order).tolist() == [[0, 3, 1, 1, 0, 0], [0, 0, 2, 0, 1, 1], [1, 2, -1, -1, -1, -1]]
+    seen_BQ = jnp.asarray([[0], [70], [3], [5], [0], [0]])
+    order = tpu._order(jnp.zeros((6, 3)), seen_BQ, page=32, block=64, cores=2)
+    assert np.asarray(order[2:]).tolist() == [[0, 3, 1, 1, 0, 0], [0, 0, 2, 0, 1, 1], [1, 2, -1, -1, -1, -1]]
