@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 
 import pytest
 
@@ -45,6 +46,23 @@ def test_text_elsewhere_still_spells_special_tokens_as_text(tmp_path):
     tokenizer = byte_tokenizer()
     ChatTemplate(tmp_path, tokenizer).encode(TALK)
     assert END not in tokenizer.encode("<|end_of_text|>")
+
+
+def test_threads_that_render_leave_the_text_of_others_alone():
+    """A server reads plain prompts while it renders conversations."""
+    tokenizer = byte_tokenizer()
+    done = threading.Event()
+
+    def render():
+        while not done.is_set():
+            assert tokenizer.encode_with_special_tokens("<|end_of_text|>" * 2000).tolist() == [END] * 2000
+    thread = threading.Thread(target=render)
+    thread.start()
+    try:
+        assert all(END not in tokenizer.encode("<|end_of_text|>" * 100) for _ in range(300))
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(("template", "message", "words"), [
