@@ -123,7 +123,8 @@ def test_draws_follow_the_probabilities():
 
 
 @pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("top_k", -1), ("top_k", 2 ** 31),
-                                              ("top_p", 0), ("top_p", 1.5), ("min_p", 2), ("repetition_penalty", 0), ("seed", -1)])
+                                              ("top_p", 0), ("top_p", 1.5), ("min_p", 2),
+                                              ("repetition_penalty", 0), ("seed", -1)])
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(ConfigError, match=rf"sampling.{field} \({value}\)"):
         Sampling(**{field: value})
