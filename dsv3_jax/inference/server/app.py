@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class _Api:
         self._engine, self._model, self._limits, self._log = engine, model, limits, log
         self._keys = [key.encode() for key in keys]
         self._metrics, self._created = Metrics(engine), int(time.time())
+        self._told_failure = False
 
     async def text(self, request: Request) -> _Reply:
         """Chat and completions."""
@@ -164,6 +166,9 @@ class _Api:
                   f"completion_tokens {usage.new} "
                   f"finish {','.join(str(choice.finish or 'cancelled') for choice in answer.choices)} "
                   f"first_s {first_s - arrived_s:.3f} seconds {time.perf_counter() - arrived_s:.3f}")
+        if self._engine.error is not None and not self._told_failure:
+            self._told_failure = True
+            self._log("the engine has failed:\n" + "".join(traceback.format_exception(self._engine.error)))
 
 
 class _Reply:

@@ -505,6 +505,7 @@ def test_an_engine_that_failed_is_told_to_everybody(engine, served, ask, monkeyp
     try:
         with pytest.raises(openai.InternalServerError, match="the engine has failed: broken"):
             ask()
+        assert ["FloatingPointError: broken" in line and "Traceback" in line for line in served.log].count(True) == 1
         status, _, body = raw(served.url, "GET", "/health")
         assert (status, json.loads(body)) == (503, {"status": "failed", "error": "broken"})
         assert metric(served.url, "dsv3_engine_up") == 0

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop.chat_template import ChatTemplate
+from dsv3_jax.interop.chat_template import ChatTemplate, has_chat_template
 from dsv3_jax.interop.tokenizer import byte_tokenizer
 
 TEMPLATE = """{{ bos_token }}
@@ -35,6 +35,7 @@ def test_messages_become_the_templates_tokens(place, tmp_path):
                                                     {"name": "default", "template": TEMPLATE}]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(
             {"chat_template": field, "eos_token": {"content": "<|end_of_text|>", "lstrip": False}}))
+    assert has_chat_template(tmp_path)
     template = ChatTemplate(tmp_path, byte_tokenizer())
     assert template.encode(TALK).tolist() == [BEGIN, ord("S"), USER, ord("a"), MODEL, ord("b"), END, USER, ord("c"),
                                               MODEL]
@@ -75,6 +76,7 @@ def test_threads_that_render_leave_the_text_of_others_alone():
 def test_what_cannot_be_rendered_is_told(template, message, words, tmp_path):
     if template is not None:
         (tmp_path / "chat_template.jinja").write_text(template)
+    assert has_chat_template(tmp_path) == (template is not None)
     with pytest.raises(ConfigError, match=words.replace("|", r"\|")):
         ChatTemplate(tmp_path, byte_tokenizer()).encode([message])
 
