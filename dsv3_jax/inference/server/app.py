@@ -86,10 +86,11 @@ class _Api:
             body = await self._body(request)
             asked = await run_in_threadpool(parse_request, body, path == _CHAT, self._model, line)
             answer = self._submitted(asked)
-        except (ApiError, ClientDisconnect) as error:
-            status = error.status if isinstance(error, ApiError) else 499
+        except Exception as error:
+            gone = 499 if isinstance(error, ClientDisconnect) else 500
+            status = error.status if isinstance(error, ApiError) else gone
             self._metrics.ended(path, _outcome(status))
-            self._log(f"{path} {status} {error}")
+            self._log(f"{path} {status} {str(error)[:300]!r}")  # quoted: it may repeat what the client wrote
             raise
         return _Reply(answer, Form(asked.chat, self._model.name, asked.include_usage), asked.stream,
                       self._limits.write_s, lambda reply: self._ended(path, reply, arrived_s))
@@ -123,7 +124,7 @@ class _Api:
             return ""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         # All are compared, each in constant time: how long it takes tells nothing.
-        same = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        same = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
         if kind.lower() != "bearer" or True not in same:
             raise ApiError(401, "the API key is missing or wrong: send the header Authorization: Bearer KEY",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -158,14 +159,9 @@ class _Api:
             raise ApiError(503, str(error), code="engine_failed") from error
 
     def _ended(self, path: str, reply: _Reply, arrived_s: float) -> None:
-        answer, usage = reply.answer, reply.answer.usage
-        self._metrics.answered(answer, arrived_s)
+        self._metrics.answered(reply.answer, arrived_s)
         self._metrics.ended(path, _outcome(reply.status))
-        first_s = min((choice.ticket.first_token_s or arrived_s for choice in answer.choices), default=arrived_s)
-        self._log(f"{path} {reply.status} {reply.form.id} prompt_tokens {usage.prompt} cached_tokens {usage.reused} "
-                  f"completion_tokens {usage.new} "
-                  f"finish {','.join(str(choice.finish or 'cancelled') for choice in answer.choices)} "
-                  f"first_s {first_s - arrived_s:.3f} seconds {time.perf_counter() - arrived_s:.3f}")
+        self._log(f"{path} {reply.status} {reply.form.id} {_summary(reply.answer, arrived_s)}")
         if self._engine.error is not None and not self._told_failure:
             self._told_failure = True
             self._log("the engine has failed:\n" + "".join(traceback.format_exception(self._engine.error)))
@@ -202,6 +198,9 @@ class _Reply:
                 else:
                     await (await self._object())(scope, receive, patiently)
                 group.cancel_scope.cancel()
+        except Exception:
+            self.status = 500
+            raise
         finally:
             self.answer.cancel()
             self._when_ended(self)
@@ -234,6 +233,16 @@ class _Reply:
         closing = self.form.closing(self.answer)
         self.status = 200
         await write((b"" if closing is None else event(closing)) + DONE, more=False)
+
+
+def _summary(answer: Answer, arrived_s: float) -> str:
+    """Of an answer, for the log."""
+    usage, now_s = answer.usage, time.perf_counter()
+    finish = ",".join(str(choice.finish or "cancelled") for choice in answer.choices)
+    first_s = min((first_s - arrived_s for choice in answer.choices
+                   if (first_s := choice.ticket.first_token_s) is not None), default=None)
+    return (f"prompt_tokens {usage.prompt} cached_tokens {usage.reused} completion_tokens {usage.new} finish {finish} "
+            f"first_s {'none' if first_s is None else f'{first_s:.3f}'} seconds {now_s - arrived_s:.3f}")
 
 
 def _outcome(status: int) -> str:

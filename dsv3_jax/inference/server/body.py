@@ -33,13 +33,13 @@ class ApiError(Exception):
 
 
 def parse_json(body: bytes) -> Any:
-    """The value that `body` spells.
+    """The value that `body` spells, in UTF-8.
 
     Raises:
       ApiError: 400, it spells none, or text that is not Unicode.
     """
     try:
-        value = json.loads(body, parse_constant=_no_number)
+        value = json.loads(body.decode(), parse_constant=_no_number)
         if b"\\u" in body:  # half of a surrogate pair has no UTF-8, and so no tokens
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -328,7 +328,8 @@ def test_what_is_wrong_is_named(served, endpoint, body, status, param, says):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000,
-                                  b'{"model": "\\ud800"}', b"9" * 5000], ids=lambda body: str(body)[:20])
+                                  b'{"model": "\\ud800"}', b"9" * 5000,
+                                  '{"model": "\\ud800"}'.encode("utf-16")], ids=lambda body: str(body)[:20])
 def test_what_is_no_json_object_is_refused(served, body):
     status, answer = post(served.url, "/v1/completions", body)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
@@ -357,6 +358,8 @@ def test_keys_are_asked_for(engine, model):
         client = client_of(server.url, "first")
         assert client.completions.create(model=NAME, prompt="a", max_tokens=1).choices
         assert raw(server.url, "GET", "/health")[0] == 200
+        second = {"Authorization": "Bearer zweiter schlüssel".encode()}
+        assert raw(server.url, "GET", "/v1/models", headers=second)[0] == 200
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             client.with_options(api_key="firs").models.list()
 
@@ -415,6 +418,13 @@ def test_a_client_that_goes_away_ends_its_requests(engine, served, brake, stream
     eventually(lambda: engine.running == engine.waiting == 0)
     assert engine.free_pages == SIZES.pages
     assert engine.totals.new_tokens - new < 20, "of 400"
+
+
+def test_a_client_that_goes_away_within_its_body_is_forgotten(served):
+    before = metric(served.url, "dsv3_requests_total", outcome="disconnected")
+    with socket.create_connection((urlsplit(served.url).hostname, urlsplit(served.url).port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    eventually(lambda: metric(served.url, "dsv3_requests_total", outcome="disconnected") == before + 1)
 
 
 def test_a_client_that_does_not_read_keeps_nobody_waiting(engine, model, served, ask):
