@@ -62,7 +62,7 @@ def make_app(engine: Serves, model: ServedModel, *, keys: Sequence[str] = (), li
     """
     api = _Api(engine, model, keys, limits, log)
     return Starlette(
-        routes=[Route(_CHAT, api.text, methods=["POST"]), Route(_COMPLETIONS, api.text, methods=["POST"]),
+        routes=[Route(_CHAT, api.chat, methods=["POST"]), Route(_COMPLETIONS, api.completions, methods=["POST"]),
                 Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
                 Route("/health", api.health), Route("/metrics", api.metrics)],
         exception_handlers={ApiError: _refused, HTTPException: _not_found, ClientDisconnect: _gone,
@@ -78,9 +78,14 @@ class _Api:
         self._metrics, self._created = Metrics(engine), int(time.time())
         self._told_failure = False
 
-    async def text(self, request: Request) -> _Reply:
-        """Chat and completions."""
-        arrived_s, path = time.perf_counter(), request.url.path
+    async def chat(self, request: Request) -> _Reply:
+        return await self._text(request, _CHAT)
+
+    async def completions(self, request: Request) -> _Reply:
+        return await self._text(request, _COMPLETIONS)
+
+    async def _text(self, request: Request, path: str) -> _Reply:
+        arrived_s = time.perf_counter()
         try:
             line = self._key(request)
             body = await self._body(request)
@@ -131,7 +136,7 @@ class _Api:
         return f"{same.index(True)}/"
 
     async def _body(self, request: Request) -> bytes:
-        """The body. A longer one is not read to its end, wherever it says how long it is."""
+        """All of the body, unless it is longer than it may be."""
         limit, body = self._limits.body_bytes, bytearray()
         told = request.headers.get("content-length", "")
         try:

@@ -257,6 +257,18 @@ def test_nothing_of_a_stop_sequence_shows(engine, ask):
     eventually(lambda: engine.running == 0)
 
 
+def test_an_answer_that_has_stopped_leaves_its_row_to_others(engine, ask, monkeypatch):
+    """It does not wait for the other answers of its request."""
+    step = engine._programs.step
+    first, second = (text_of(engines_own(engine, ids_of(text), 60)) for text in ("1 2 3", "6"))
+    stop = next(character for character in first[:10] if character.isascii() and character not in second)
+    monkeypatch.setattr(engine._programs, "step", lambda *arguments: (time.sleep(0.005), step(*arguments))[1])
+    new = engine.totals.new_tokens
+    both = ask(prompt=["1 2 3", "6"], max_tokens=60, stop=stop)
+    assert [choice.finish_reason for choice in both.choices] == ["stop", "length"]
+    assert engine.totals.new_tokens - new < 90, "of 120"
+
+
 def test_a_prompt_seen_before_is_told_as_cached(ask):
     prompt = "a beginning that nobody else here uses"
     assert ask(prompt=prompt).usage.prompt_tokens_details.cached_tokens == 0
@@ -390,16 +402,18 @@ def test_a_model_without_a_template_does_not_chat(engine, model):
 
 def test_a_full_line_is_told_and_leaves_nothing_behind(engine, served, ask, brake):
     """One runs, six wait; the next finds no place, and those that came with it go."""
-    streams = [ask(prompt=f"{number} of many", stream=True) for number in range(3)]
+    new = engine.totals.new_tokens
+    streams = [ask(prompt=f"{number} of many", stream=True, stream_options={"include_usage": True})
+               for number in range(3)]
     eventually(lambda: (engine.running, engine.waiting) == (1, 2))
     with pytest.raises(openai.RateLimitError, match="the server is busy") as refused:
         ask(n=5)
     assert refused.value.response.headers["retry-after"] == "1"
     assert refused.value.body["type"] == "rate_limit_error"
     brake.set()
-    for stream in streams:
-        assert sum(len(part.choices[0].text) for part in stream)
+    served_tokens = sum(list(stream)[-1].usage.completion_tokens for stream in streams)
     eventually(lambda: engine.free_pages == SIZES.pages)
+    assert engine.totals.new_tokens - new == served_tokens > 3
 
 
 @pytest.mark.parametrize("stream", [True, False])
