@@ -113,7 +113,7 @@ class Answer:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads any more
                 loop.call_soon_threadsafe(self._changed.set)
         self.choices: list[Choice] = []
-        self._per_prompt = asked.choices
+        self._per_prompt, self._stopping = asked.choices, False
         try:
             for index, request in enumerate(asked.requests):
                 self.choices.append(Choice(index, engine.submit(request, wake), TextStream(decoder, asked.stop),
@@ -126,16 +126,20 @@ class Answer:
         """Text as it comes, of all choices; the last piece of each when its `finish` is set.
 
         Raises:
-          ApiError: the engine has failed, or was stopped.
+          ApiError: the engine has failed, or engine or server is being stopped.
         """
         left = self.choices
         while left:
             await self._changed.wait()
             self._changed.clear()
+            if self._stopping:
+                raise _stopping()
             for choice in left:
                 text = choice.advance()
-                if choice.finish in (Finish.ERROR, Finish.CANCELLED):
-                    raise _interrupted(choice.ticket)
+                if choice.finish is Finish.ERROR:
+                    raise ApiError(500, f"the engine has failed: {choice.ticket.error}", code="engine_failed")
+                if choice.finish is Finish.CANCELLED:
+                    raise _stopping()
                 if text or choice.finish is not None:
                     yield choice, text
             left = [choice for choice in left if choice.finish is None]
@@ -144,6 +148,12 @@ class Answer:
         """Ends what has not ended."""
         for choice in self.choices:
             choice.ticket.cancel()
+
+    def stop(self) -> None:
+        """Ends it because the server does, and lets the client know."""
+        self._stopping = True
+        self.cancel()
+        self._changed.set()
 
     @property
     def usage(self) -> Usage:
@@ -154,7 +164,5 @@ class Answer:
                      sum(choice.tokens for choice in self.choices))
 
 
-def _interrupted(ticket: Ticket) -> ApiError:
-    if ticket.finish is Finish.ERROR:
-        return ApiError(500, f"the engine has failed: {ticket.error}", code="engine_failed")
+def _stopping() -> ApiError:
     return ApiError(503, "the server is being stopped: ask again", code="stopping")

@@ -59,14 +59,19 @@ def make_app(engine: Serves, model: ServedModel, *, keys: Sequence[str] = (), li
       engine: running, and stopped only after the server.
       keys: of which clients must give one for all under /v1; none: no key is asked for.
       log: gets one line for each request for text.
+
+    Returns:
+      The application; its `state.stop` ends all answers, and lets their clients know.
     """
     api = _Api(engine, model, keys, limits, log)
-    return Starlette(
+    app = Starlette(
         routes=[Route(_CHAT, api.chat, methods=["POST"]), Route(_COMPLETIONS, api.completions, methods=["POST"]),
                 Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
                 Route("/health", api.health), Route("/metrics", api.metrics)],
         exception_handlers={ApiError: _refused, HTTPException: _not_found, ClientDisconnect: _gone,
                             Exception: _broken})
+    app.state.stop = api.stop
+    return app
 
 
 class _Api:
@@ -76,7 +81,12 @@ class _Api:
         self._engine, self._model, self._limits, self._log = engine, model, limits, log
         self._keys = [key.encode() for key in keys]
         self._metrics, self._created = Metrics(engine), int(time.time())
+        self._answers: set[Answer] = set()
         self._told_failure = False
+
+    def stop(self) -> None:
+        for answer in self._answers:
+            answer.stop()
 
     async def chat(self, request: Request) -> _Reply:
         return await self._text(request, _CHAT)
@@ -97,6 +107,7 @@ class _Api:
             self._metrics.ended(path, _outcome(status))
             self._log(f"{path} {status} {str(error)[:300]!r}")  # quoted: it may repeat what the client wrote
             raise
+        self._answers.add(answer)
         return _Reply(answer, Form(asked.chat, self._model.name, asked.include_usage), asked.stream,
                       self._limits.write_s, lambda reply: self._ended(path, reply, arrived_s))
 
@@ -164,6 +175,7 @@ class _Api:
             raise ApiError(503, str(error), code="engine_failed") from error
 
     def _ended(self, path: str, reply: _Reply, arrived_s: float) -> None:
+        self._answers.discard(reply.answer)
         self._metrics.answered(reply.answer, arrived_s)
         self._metrics.ended(path, _outcome(reply.status))
         self._log(f"{path} {reply.status} {reply.form.id} {_summary(reply.answer, arrived_s)}")
