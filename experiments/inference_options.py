@@ -14,9 +14,13 @@ import tyro
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, Precision, check_expert_layout
-from dsv3_jax.inference.cache import CacheFormat
+from dsv3_jax.inference.cache import CacheFormat, bytes_per_token
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.generate import Generator
+from dsv3_jax.inference.model_on_mesh import ModelOnMesh
+from dsv3_jax.inference.pace import Targets
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.inference.scheduler import Sizes
 from dsv3_jax.interop.convert import open_store
 from dsv3_jax.interop.load import load
 from dsv3_jax.interop.published_config import read_json
@@ -25,6 +29,11 @@ from dsv3_jax.interop.tokenizer import Tokenizer
 from dsv3_jax.mesh import make_mesh, mesh_shape
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, holds_float8
 from dsv3_jax.training import runtime
+
+CPU_CACHE_BYTES = 2 * 2 ** 30
+"""Most memory that an engine's pages take where the device does not say how much it has."""
+SHARE_OF_FREE_MEMORY = 0.8
+"""What pages take of a device's memory beside the weights; the rest is for what programs compute with."""
 
 
 class Loaded(NamedTuple):
@@ -75,6 +84,24 @@ class GeneratorOptions(FolderOptions):
     """Format of the cache: bf16, float32, float8 or int8; default the run's precision."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How much the engine holds at a time."""
+
+    rows: int = 16
+    """Requests that decode at a time, on each device; others wait."""
+    context: int | None = None
+    """Most tokens of a request, prompt and answer together; default the model's window, but 4096 at most."""
+    pages: int | None = None
+    """Pages of the cache on each device; default enough for all rows, or what the device's memory has room for."""
+    page_size: int = 64
+    """Tokens of a page."""
+    waiting: int = 1024
+    """Most requests that wait for a row; further ones are refused."""
+    reuse: bool = True
+    """Let requests that begin alike share pages."""
+
+
 def load_for_inference(options: FolderOptions) -> Loaded:
     """The model in the folder, each device reading its part.
 
@@ -114,3 +141,48 @@ def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Genera
     generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
                           speculative=options.speculative, spread=options.mesh.zero == "full")
     return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)
+
+
+def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targets) -> tuple[str, Tokenizer, Engine]:
+    """Which weights the folder's are, its tokenizer, and an engine with its programs compiled.
+
+    Raises:
+      ConfigError: as `load_for_inference` and `Engine`; several processes, of which only one hears requests.
+    """
+    tokenizer = tokenizer_in(options.folder)
+    loaded = load_for_inference(options)
+    if jax.process_count() > 1:
+        raise ConfigError(f"an engine runs in one process, and this is one of {jax.process_count()}: start it on one "
+                          "host, with --mesh.* for the devices there")
+    on_mesh = ModelOnMesh(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
+                          speculative=options.speculative, spread=options.mesh.zero == "full")
+    weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
+    source = loaded.source
+    del loaded  # what the weights were made from leaves its room to pages
+    return source, tokenizer, Engine(on_mesh, weights, engine_sizes(engine, on_mesh), targets)
+
+
+def engine_sizes(options: EngineOptions, on_mesh: ModelOnMesh) -> Sizes:
+    """Sizes with the defaults filled in. Call it when the weights are on the devices.
+
+    Raises:
+      ConfigError: no room for one request.
+    """
+    context = min(on_mesh.window, 4096) if options.context is None else options.context
+    pages = options.pages
+    if pages is None:
+        a_row = -(-context // options.page_size)
+        page_bytes = options.page_size * bytes_per_token(on_mesh.model, on_mesh.cache, on_mesh.speculative)
+        pages = min(options.rows * a_row, int(_free_bytes(on_mesh.mesh) * SHARE_OF_FREE_MEMORY) // page_bytes)
+        if pages < a_row:
+            raise ConfigError(f"engine.context ({context}) wants {a_row} pages of {page_bytes:,} bytes on each device, "
+                              f"and there is room for {pages}: lower it, take --cache float8, or spread the model over "
+                              "more devices (--mesh.*)")
+    return Sizes(options.rows, pages, options.page_size, context, options.waiting, options.reuse)
+
+
+def _free_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Of the device of `mesh` that has least."""
+    told = [device.memory_stats() for device in mesh.local_devices]
+    return min((stats["bytes_limit"] - stats["bytes_in_use"] for stats in told if stats and "bytes_limit" in stats),
+               default=round(CPU_CACHE_BYTES / SHARE_OF_FREE_MEMORY))

@@ -213,6 +213,11 @@ class Engine:
         self.stop()
 
     @property
+    def room(self) -> int:
+        """Most tokens of a request, prompt and answer together: a step of drafts wants some beyond them."""
+        return self.sizes.context - self._ahead
+
+    @property
     def waiting(self) -> int:
         """Requests without a row."""
         with self._lock:

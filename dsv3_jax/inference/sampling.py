@@ -44,7 +44,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = [("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
-                 ("top_k", self.top_k >= 0, "at least 0"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                 ("top_k", 0 <= self.top_k < 2 ** 31, "in [0, 2**31)"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
                  ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
                  ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite"),
                  ("seed", 0 <= self.seed < 2 ** 32, "in [0, 2**32)")]

@@ -32,9 +32,8 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        settings_file, own_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings: dict[str, Any] = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        source = own_file.read_text() if own_file.is_file() else _default_template(settings.get("chat_template"))
+        settings = _settings(folder)
+        source = _source(folder, settings)
         if source is None:
             raise ConfigError(f"{folder} has no chat template, neither chat_template.jinja nor the field chat_template "
                               "of tokenizer_config.json: use experiments/generate.py, or put the template that the "
@@ -71,6 +70,21 @@ class ChatTemplate:
             if forged and message["role"] != "assistant":
                 raise ConfigError(f"the {message['role']} message spells the special token {forged[0]}: leave it out")
         return self._tokenizer.encode_with_special_tokens(self.render(messages))
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether `ChatTemplate` finds one there."""
+    return _source(folder, _settings(folder)) is not None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _source(folder: Path, settings: dict[str, Any]) -> str | None:
+    own_file = folder / "chat_template.jinja"
+    return own_file.read_text() if own_file.is_file() else _default_template(settings.get("chat_template"))
 
 
 def _default_template(field: Any) -> str | None:

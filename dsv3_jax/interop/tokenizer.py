@@ -41,7 +41,7 @@ _DEEPSEEK_V3_LAST_ID = 128814
 
 
 class Tokenizer:
-    """A vocabulary with its begin, end and fill-in-the-middle tokens.
+    """A vocabulary with its begin, end and fill-in-the-middle tokens. Threads may share one.
 
     Attributes:
         vocab_size: the largest id plus one.
@@ -60,6 +60,7 @@ class Tokenizer:
         # Text that happens to spell "<|end_of_text|>" stays text: a document cannot end itself.
         backend.encode_special_tokens = True
         self._backend = backend
+        self._with_special: tokenizers.Tokenizer | None = None
         ids = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(ids.values()) + 1
         eos = next((ids[name] for name in _EOS_NAMES if name in ids), None)
@@ -83,11 +84,12 @@ class Tokenizer:
 
     def encode_with_special_tokens(self, text: str) -> np.ndarray:
         """`encode`, except that special tokens spelt in the text become those tokens: for rendered chat templates."""
-        self._backend.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self._backend.encode_special_tokens = True
+        if self._with_special is None:
+            # A copy: switched for a moment, the one that `encode` uses would let other threads' text forge tokens.
+            copy = type(self._backend).from_str(self._backend.to_str())
+            copy.encode_special_tokens = False
+            self._with_special = copy
+        return np.asarray(self._with_special.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def special_tokens(self) -> list[str]:
         """The names of all special tokens."""

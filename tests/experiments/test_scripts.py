@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,31 @@ def test_chat_answers_what_is_piped_in(finished, tmp_path):
     assert out.startswith(2 * answer)  # the empty line began a new conversation
     assert len(out) > len(2 * answer)  # and one goes on after a message that was refused
     assert "spells the special token" in err
+
+
+def test_serve_answers_the_public_client_until_it_is_stopped(finished, tmp_path):
+    run_dir = finished[0]
+    asked = [run_dir, "--tokens", 12, "--temperature", 0, "--prompt", "12 times", "--json"]
+    made = json.loads(_run("generate.py", *asked)[0])
+    process = _start("serve.py", run_dir, "--port", 0, "--name", "counts", "--api-key", "secret", "--engine.rows", 2,
+                     "--engine.page-size", 8)
+    try:
+        ready = process.stdout.readline()
+        assert ready.startswith("ready http://127.0.0.1:"), ready + process.communicate(timeout=60)[1][-3000:]
+        client = openai.OpenAI(base_url=ready.split()[1], api_key="secret", max_retries=0, timeout=100)
+        answer = client.completions.create(model="counts", prompt="12 times", max_tokens=12, temperature=0)
+        with pytest.raises(openai.BadRequestError, match="has no chat template"):
+            client.chat.completions.create(model="counts", messages=[{"role": "user", "content": "12 times"}])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert answer.choices[0].text == made["text"]
+    assert answer.usage.completion_tokens == made["tokens"]
+    assert (process.returncode, out) == (0, "")
+    assert "/v1/completions 200 cmpl-" in err
+    assert err.endswith("stopped\n")
+    assert "secret" not in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

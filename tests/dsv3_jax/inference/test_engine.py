@@ -243,7 +243,7 @@ def test_what_cannot_be_served_is_refused():
         with pytest.raises(ConfigError, match=says):
             engine.submit(request)
     for _ in range(2):
-        engine.submit(Request(prompt, 3))
+        engine.submit(Request(prompt, engine.room - len(prompt)))  # as many as there may be
     with pytest.raises(Busy):
         engine.submit(Request(prompt, 3))
     assert (engine.totals.requests, engine.totals.refused) == (2, 1)

@@ -122,8 +122,9 @@ def test_draws_follow_the_probabilities():
     assert ((counts[:10] - n * p[:10]) ** 2 / (n * p[:10])).sum() < 27.9
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.5),
-                                              ("min_p", 2), ("repetition_penalty", 0), ("seed", -1)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("top_k", -1), ("top_k", 2 ** 31),
+                                              ("top_p", 0), ("top_p", 1.5), ("min_p", 2),
+                                              ("repetition_penalty", 0), ("seed", -1)])
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(ConfigError, match=rf"sampling.{field} \({value}\)"):
         Sampling(**{field: value})
