@@ -32,10 +32,6 @@ class Serves(Protocol):
         """What it failed with; None while it works."""
 
     @property
-    def room(self) -> int:
-        """Most tokens of a request, prompt and answer together."""
-
-    @property
     def waiting(self) -> int:
         """Requests that wait for their turn."""
 
