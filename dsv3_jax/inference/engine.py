@@ -36,6 +36,10 @@ SMALLEST_TABLE = 4
 """Pages of a row that a program sees: this many, or a power of four times it, up to all."""
 
 
+WITHOUT_PLACEMENT = ("needs a model with a placement of its experts, or nobody counts what they get: make ModelOnMesh "
+                     "with placement=Placement.in_order(...)")
+
+
 @dataclasses.dataclass
 class Totals:
     """Of an engine since it began."""
@@ -82,7 +86,8 @@ class Engine:
       error: what it failed with; None while it works.
 
     Raises:
-      ConfigError: a model whose attention has a window, or sizes beyond what it can attend to.
+      ConfigError: a model whose attention has a window, sizes beyond what it can attend to, or experts to rebalance
+        without a placement.
     """
 
     def __init__(self, on_mesh: ModelOnMesh, weights: nnx.State, sizes: Sizes, targets: Targets = Targets(),
@@ -94,6 +99,8 @@ class Engine:
         if sizes.context > on_mesh.window:
             raise ConfigError(f"engine.context ({sizes.context}) is more than the model's window "
                               f"(model.max_position_embeddings, {on_mesh.window}): lower it")
+        if rebalance_every_s is not None and on_mesh.placement is None:
+            raise ConfigError(f"engine.rebalance_every_s ({rebalance_every_s:g}) {WITHOUT_PLACEMENT}")
         self.on_mesh, self.sizes = on_mesh, sizes
         self._weights, self._chunks = weights, tuple(chunks)
         self._programs = ServingPrograms(on_mesh, sizes.rows, sizes.pages, sizes.page_size)
@@ -108,12 +115,10 @@ class Engine:
         if hand_over is not None or receives:
             gives = hand_over is not None
             self.programs += self._programs.compile_handover(self._state, self._widths(), gives, receives)
-        self._balance = None
+        self._balance: ExpertBalance | None = None
         if self._state.sent_HLS is not None:
             self._balance = ExpertBalance(on_mesh, weights, self._state.sent_HLS)
             self.programs += self._balance.programs
-        elif rebalance_every_s is not None:
-            self._balanced()
         self._rebalance_every_s, self._rebalancing = rebalance_every_s, threading.Lock()
         self._keeper: threading.Thread | None = None
         self._between, self._stopped = BetweenTurns(), threading.Event()
@@ -315,8 +320,7 @@ class Engine:
 
     def _balanced(self) -> ExpertBalance:
         if self._balance is None:
-            raise ConfigError("the engine's model has no placement of experts, so nothing counts their load or moves "
-                              "them: make ModelOnMesh with one (placement=Placement.in_order(...))")
+            raise ConfigError(f"balancing experts {WITHOUT_PLACEMENT}")
         return self._balance
 
     def _do_between_turns(self, piece: Callable[[], None]) -> None:
