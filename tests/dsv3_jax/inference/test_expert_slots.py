@@ -156,7 +156,8 @@ def test_bytes_of_an_expert():
     ({"devices": 2, "nodes": 2}, r"deployment.devices \(2\) must be the mesh's scale_out\*scale_up\*context \(4\)"),
     ({"nodes": 1}, r"deployment.nodes \(1\) must be mesh.scale_out \(2\)"),
     ({"groups": 2}, r"deployment.groups \(2\) must be model.n_group \(4\)"),
-    ({"layers": 1}, rf"shape \(1, 16\): give \[MoE layers and prediction modules \({LAYERS}\), slots \(16\)\]")], ids=str)
+    ({"layers": 1}, rf"shape \(1, 16\): give \[MoE layers and prediction modules \({LAYERS}\), slots \(16\)\]"),
+], ids=str)
 def test_another_models_placement_is_refused(change, says, eight_devices):
     sizes = {"experts": 16, "slots": 16, "devices": 4, "nodes": 2} | change
     placement = Placement.in_order(sizes.pop("layers", LAYERS), Deployment(**sizes))
