@@ -269,10 +269,9 @@ class Engine:
             self._lock.notify_all()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        if self._keeper is not None:
-            self._keeper.join()
-            self._keeper = None
+            if self._keeper is not None:
+                self._keeper.join()
+            self._thread = self._keeper = None
         self._end_all(Finish.CANCELLED)
 
     def __enter__(self) -> Engine:

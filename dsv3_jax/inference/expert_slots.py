@@ -39,17 +39,23 @@ def deployment_on(model: ModelConfig, mesh: Mesh, redundant: int = 0, by_group: 
     Raises:
       ConfigError: the sizes don't go together.
     """
-    nodes, fast = mesh.shape["scale_out"], math.prod(mesh.shape[axis] for axis in FAST_AXES)
-    return Deployment(model.n_routed_experts, model.n_routed_experts + redundant, nodes * fast, nodes,
+    nodes, experts = mesh.shape["scale_out"], model.n_routed_experts
+    return Deployment(experts, experts + redundant, nodes * devices_of_node(mesh), nodes,
                       model.n_group if by_group else 1)
+
+
+def devices_of_node(mesh: Mesh) -> int:
+    """That share experts."""
+    return math.prod(mesh.shape[axis] for axis in FAST_AXES)
 
 
 def check_placement(placement: Placement, model: ModelConfig, mesh: Mesh) -> None:
     """Raises `ConfigError` unless the placement is one of this model's experts on this mesh."""
-    here, deployment = deployment_on(model, mesh), placement.deployment
-    for name, whence in [("experts", "model.n_routed_experts"), ("devices", "the mesh's scale_out*scale_up*context"),
-                         ("nodes", "mesh.scale_out")]:
-        given, wanted = getattr(deployment, name), getattr(here, name)
+    deployment, nodes = placement.deployment, mesh.shape["scale_out"]
+    for name, whence, wanted in [
+            ("experts", "model.n_routed_experts", model.n_routed_experts), ("nodes", "mesh.scale_out", nodes),
+            ("devices", "the mesh's scale_out*scale_up*context", nodes * devices_of_node(mesh))]:
+        given = getattr(deployment, name)
         if given != wanted:
             raise ConfigError(f"placement.deployment.{name} ({given}) must be {whence} ({wanted}): make the deployment "
                               "with deployment_on(model, mesh, ...)")

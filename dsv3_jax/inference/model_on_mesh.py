@@ -16,9 +16,14 @@ from dsv3_jax.expert_parallel.replicas import Deployment, Placement
 from dsv3_jax.inference.cache import CacheFormat
 from dsv3_jax.inference.expert_slots import check_placement, expert_layers, in_slots, with_tables
 from dsv3_jax.inference.forward import unstacked
-from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, batch_sharding, gather_for_compute, shardings
+from dsv3_jax.mesh import AXES, COMPUTE, STORAGE, batch_sharding, gather_for_compute, keep_for_compute, shardings
 from dsv3_jax.nn.model import model_structure, split_model
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, COMPUTE_FORMAT, compute_weights, inference_weights
+
+WORST_CASE_UP_TO = 16
+"""Devices whose buffers have room for any routing at once in a decoding step."""
+ROOM_BEYOND = 2.0
+"""Times an even load, in the buffers of more devices. What exceeds it takes another round."""
 
 
 class ModelOnMesh:
@@ -55,8 +60,10 @@ class ModelOnMesh:
         if placement is not None:
             check_placement(placement, model, self.mesh)
         self.placement = placement
-        # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective.
-        self.execution = Execution(capacity_factor=float(self.mesh.size))
+        # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective. With
+        # many devices that room would be sent empty: at EP144, 20 GB a step for 64 rows a device.
+        worst = float(self.mesh.size)
+        self.execution = Execution(capacity_factor=worst if worst <= WORST_CASE_UP_TO else ROOM_BEYOND)
         # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
         self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
         self.structure = _structure(model, precision, self._layers_apart, placement and placement.deployment)
@@ -101,6 +108,7 @@ class ModelOnMesh:
         if self.placement is not None:
             weights = in_slots(weights, self.placement, self.model.num_moe_layers)
         weights = inference_weights(weights if self._spread else gather_for_compute(weights), self._precision)
+        weights = weights if self._spread else keep_for_compute(weights)
         model = nnx.merge(model_structure(self.model, self._precision), weights, router_bias)
         if self.placement is not None:
             model = with_tables(model, self.placement)

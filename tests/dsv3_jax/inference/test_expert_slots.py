@@ -153,7 +153,7 @@ def test_bytes_of_an_expert():
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"experts": 24, "slots": 24}, r"deployment.experts \(24\) must be model.n_routed_experts \(16\)"),
-    ({"devices": 2, "nodes": 2}, r"deployment.devices \(2\) must be the mesh's scale_out\*scale_up\*context \(4\)"),
+    ({"devices": 2}, r"deployment.devices \(2\) must be the mesh's scale_out\*scale_up\*context \(4\)"),
     ({"nodes": 1}, r"deployment.nodes \(1\) must be mesh.scale_out \(2\)"),
     ({"groups": 2}, r"deployment.groups \(2\) must be model.n_group \(4\)"),
     ({"layers": 1}, rf"shape \(1, 16\): give \[MoE layers and prediction modules \({LAYERS}\), slots \(16\)\]"),

@@ -27,7 +27,7 @@ from dsv3_jax.presets import MODELS
 
 # Large weights, so that float32's rounding decides no choice of a token.
 MODEL = dataclasses.replace(MODELS["tiny"], num_hidden_layers=2, initializer_range=0.2)
-SIZES = Sizes(rows=3, pages=14, page_size=4, context=48)
+SIZES = Sizes(rows=3, pages=12, page_size=12, context=48)
 HOT = np.array([0, 1, 5])
 """Experts that nearly all tokens choose."""
 
