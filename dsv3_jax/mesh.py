@@ -283,6 +283,15 @@ def gather_for_compute(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def keep_for_compute(state: Any) -> Any:
+    """`gather_for_compute`'s result as what is stored from now on: its axes that only `STORAGE` splits lose their
+    names, so that to gather it again is to do nothing. Otherwise each use would split it and gather it anew."""
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        axes = tuple(name if name in COMPUTE else "whole" for name in variable.get_metadata("axes"))
+        return variable.replace(variable.get_value(), axes=axes)
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def axes_of(axes: Any) -> tuple[str, ...]:
     """Mesh axes of one entry of a `PartitionSpec`, which may be None, a name or several."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())

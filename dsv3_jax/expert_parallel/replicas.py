@@ -102,6 +102,15 @@ class Placement(NamedTuple):
     """int32. Slot s is on device s // slots_per_device."""
     deployment: Deployment
 
+    @classmethod
+    def in_order(cls, layers: int, deployment: Deployment) -> Placement:
+        """Of no known load: in each domain its experts in order, and then the first of them again. With as many slots
+        as experts, expert e is in slot e."""
+        # A device's slots are successive, and no more than a domain has experts: none is on a device twice.
+        experts, slots = deployment.experts // deployment.domains, deployment.slots // deployment.domains
+        expert_NS = np.arange(deployment.domains)[:, None] * experts + np.arange(slots) % experts
+        return cls(np.tile(expert_NS.ravel(), (layers, 1)).astype(np.int32), deployment)
+
     @property
     def expert_LMP(self) -> np.ndarray:
         """What each device holds."""

@@ -28,6 +28,9 @@ class LatentCache:
     """Layers in order, then one for each multi-token-prediction module."""
     lengths_B: jax.Array
     """int32: tokens of each row that the main model has seen."""
+    sent_HLS: jax.Array | None = None
+    """int32: tokens that passes over this cache had for the slots of experts (see `nn.replicated`), by the device that
+    they came from; the last layers are the prediction modules'. None: nobody counts."""
 
     @property
     def capacity(self) -> int:

@@ -7,15 +7,21 @@ rows that have read theirs, or both (see `pace`). The answer to a request is the
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 
 import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.expert_parallel.replicas import Placement
+from dsv3_jax.inference.between_turns import BetweenTurns
+from dsv3_jax.inference.expert_balance import ExpertBalance, Rebalance, imbalance
 from dsv3_jax.inference.handover import Handover
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.pace import Pace, Targets
@@ -28,6 +34,10 @@ CHUNKS = (16, 64, 256)
 """Tokens of a prompt that are read at once, see `Engine._chunk_for`."""
 SMALLEST_TABLE = 4
 """Pages of a row that a program sees: this many, or a power of four times it, up to all."""
+
+
+WITHOUT_PLACEMENT = ("needs a model with a placement of its experts, or nobody counts what they get: make ModelOnMesh "
+                     "with placement=Placement.in_order(...)")
 
 
 @dataclasses.dataclass
@@ -46,6 +56,9 @@ class Totals:
     """Rows that took part in steps."""
     preemptions: int = 0
     refused: int = 0
+    rebalances: int = 0
+    moved_bytes: int = 0
+    """Of experts' weights that came to devices which did not have them."""
     accepted: list[int] = dataclasses.field(default_factory=list)
     """Drafts accepted, by how far ahead they were."""
 
@@ -65,6 +78,7 @@ class Engine:
       hand_over: for an engine that reads prompts only: called, from its thread, with each ticket whose prompt is read
         and what another engine needs to go on. The row keeps its pages until `acknowledge`.
       receives: whether other engines' requests will come, by `receive`.
+      rebalance_every_s: while `start`ed, rebalances experts so often, in seconds; None: when `rebalance` is called.
 
     Attributes:
       programs: how many it has compiled: all that serving can need.
@@ -72,18 +86,21 @@ class Engine:
       error: what it failed with; None while it works.
 
     Raises:
-      ConfigError: a model whose attention has a window, or sizes beyond what it can attend to.
+      ConfigError: a model whose attention has a window, sizes beyond what it can attend to, or experts to rebalance
+        without a placement.
     """
 
     def __init__(self, on_mesh: ModelOnMesh, weights: nnx.State, sizes: Sizes, targets: Targets = Targets(),
                  chunks: Sequence[int] = CHUNKS, hand_over: Callable[[Ticket, Handover], None] | None = None,
-                 receives: bool = False):
+                 receives: bool = False, rebalance_every_s: float | None = None):
         if on_mesh.model.attention_window is not None:
             raise ConfigError(f"model.attention_window ({on_mesh.model.attention_window}): a cache in pages keeps all "
                               "tokens, and such a model wants a ring: use inference.generate")
         if sizes.context > on_mesh.window:
             raise ConfigError(f"engine.context ({sizes.context}) is more than the model's window "
                               f"(model.max_position_embeddings, {on_mesh.window}): lower it")
+        if rebalance_every_s is not None and on_mesh.placement is None:
+            raise ConfigError(f"engine.rebalance_every_s ({rebalance_every_s:g}) {WITHOUT_PLACEMENT}")
         self.on_mesh, self.sizes = on_mesh, sizes
         self._weights, self._chunks = weights, tuple(chunks)
         self._programs = ServingPrograms(on_mesh, sizes.rows, sizes.pages, sizes.page_size)
@@ -98,6 +115,13 @@ class Engine:
         if hand_over is not None or receives:
             gives = hand_over is not None
             self.programs += self._programs.compile_handover(self._state, self._widths(), gives, receives)
+        self._balance: ExpertBalance | None = None
+        if self._state.sent_HLS is not None:
+            self._balance = ExpertBalance(on_mesh, weights, self._state.sent_HLS)
+            self.programs += self._balance.programs
+        self._rebalance_every_s, self._rebalancing = rebalance_every_s, threading.Lock()
+        self._keeper: threading.Thread | None = None
+        self._between, self._stopped = BetweenTurns(), threading.Event()
         self._arrivals: collections.deque[tuple[Ticket, Handover, Callable[[], None]]] = collections.deque()
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -162,8 +186,46 @@ class Engine:
                     ticket.push([], Finish.HANDED_OVER)
             self._lock.notify_all()
 
+    def rebalance(self, tolerance: float = 0.02) -> Rebalance:
+        """Moves experts to where the load measured so far wants them, a layer between two turns; any thread may, and
+        the one that calls `turn` if the engine was not started. The placement is searched in the caller's thread, while
+        the engine goes on.
+
+        The weights that the engine was made with are overwritten where layers are stacked (not on CPU).
+
+        Args:
+          tolerance: `rebalanced`'s.
+
+        Raises:
+          ConfigError: the model has no placement.
+          CancelledError: the engine stopped before the end.
+        """
+        balance, began = self._balanced(), time.perf_counter()
+        with self._rebalancing:
+            self._do_between_turns(self._measure)
+            new = balance.improved(tolerance)
+            report = balance.report(new)
+            balance.begin_anew()
+            for layer in np.flatnonzero(np.any(new.expert_LS != balance.placement.expert_LS, axis=1)):
+                self._do_between_turns(functools.partial(self._move, int(layer), new))
+        self.totals.rebalances += 1
+        self.totals.moved_bytes += report.moved_bytes
+        return report._replace(seconds=time.perf_counter() - began)
+
+    def imbalance(self) -> np.ndarray:
+        """[MoE layers, then prediction modules]: the load of the fullest device over the mean, measured since the last
+        rebalance; any thread may.
+
+        Raises:
+          ConfigError: the model has no placement.
+        """
+        balance = self._balanced()
+        self._do_between_turns(self._measure)
+        return imbalance(balance.device_LM)
+
     def turn(self) -> bool:
         """One turn: lets requests in, reads a chunk, takes a step. False if there was nothing to do."""
+        did = self._between.do_one()
         with self._lock:
             self._end_cancelled()
             placed = self._place_arrivals()
@@ -181,7 +243,7 @@ class Engine:
             self.totals.preemptions = self._scheduler.preemptions
         if decodes:
             self._decode(decodes)
-        return bool(reads or decodes or placed)
+        return bool(did or reads or decodes or placed)
 
     def run(self) -> None:
         """Turns until nothing is left to do."""
@@ -194,15 +256,22 @@ class Engine:
             self._stopping = False
             self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
             self._thread.start()
+            if self._rebalance_every_s is not None:
+                self._stopped.clear()
+                self._keeper = threading.Thread(target=self._keep_balance, name="balance", daemon=True)
+                self._keeper.start()
 
     def stop(self) -> None:
         """Ends the thread; requests that have not ended are cancelled."""
         with self._lock:
             self._stopping = True
+            self._stopped.set()
             self._lock.notify_all()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            if self._keeper is not None:
+                self._keeper.join()
+            self._thread = self._keeper = None
         self._end_all(Finish.CANCELLED)
 
     def __enter__(self) -> Engine:
@@ -241,13 +310,49 @@ class Engine:
                 while not self._stopping and not self._has_work():
                     self._lock.wait()
                 if self._stopping:
+                    self._between.cancel()
                     return
             try:
                 self.turn()
             except BaseException as error:
-                self.error = error
+                with self._lock:
+                    self.error = error
+                    self._between.cancel()
+                self._stopped.set()
                 self._end_all(Finish.ERROR, error)
                 return
+
+    def _balanced(self) -> ExpertBalance:
+        if self._balance is None:
+            raise ConfigError(f"balancing experts {WITHOUT_PLACEMENT}")
+        return self._balance
+
+    def _do_between_turns(self, piece: Callable[[], None]) -> None:
+        """On the engine's thread, or here while it has none."""
+        with self._lock:
+            self._fail_if_failed()
+            if self._thread is not None and self._stopping:
+                raise CancelledError
+            end = self._between.put(piece)
+            if self._thread is None:
+                self._between.do_one()
+            self._lock.notify_all()
+        end.result()
+
+    def _measure(self) -> None:
+        assert self._balance is not None
+        assert self._state.sent_HLS is not None
+        self._state = self._state._replace(sent_HLS=self._balance.measure(self._state.sent_HLS))
+
+    def _move(self, layer: int, new: Placement) -> None:
+        assert self._balance is not None
+        self._measure()
+        self._weights = self._balance.move(self._weights, layer, new)
+
+    def _keep_balance(self) -> None:
+        with contextlib.suppress(CancelledError):
+            while not self._stopped.wait(self._rebalance_every_s):
+                self.rebalance()
 
     def _wake(self) -> None:
         with self._lock:
@@ -256,7 +361,7 @@ class Engine:
     def _has_work(self) -> bool:
         """Whether a turn would do something: all but wait for others to take rows over."""
         rows = self._scheduler.rows
-        return bool(self._arrivals or self._scheduler.waiting
+        return bool(self._between or self._arrivals or self._scheduler.waiting
                     or any(not row.held or row.ticket.cancelled for row in rows))
 
     def _fail_if_failed(self) -> None:

@@ -21,6 +21,7 @@ from dsv3_jax.inference.storage import Storage
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.block import SHORT_STACK, Block, gathered
 from dsv3_jax.nn.model import DeepSeekV3
+from dsv3_jax.nn.replicated import ReplicatedExperts, TokenNumbers
 
 
 class CachedOutput(NamedTuple):
@@ -44,6 +45,18 @@ class Span(NamedTuple):
     """int32: entries that the row's cache has when these are written."""
     fresh: bool
     """Whether the tokens start at position 0, so that they can attend among themselves alone."""
+    number_BQ: jax.Array | None = None
+    """int32: `numbered`'s."""
+
+    def numbered(self, tokens_BQ: jax.Array) -> Span:
+        """With a number for each token, from which its replicas of experts follow: its position plus its id.
+
+        Both are the token's own, so its replicas, and with them the order in which its experts' outputs are added, are
+        the same in any row and beside any others; entries in pages that requests share are those each would write.
+        Tokens of a prompt have successive positions, which spread evenly; rows that decode side by side have their own
+        positions and ids. Only rows with equal tokens at equal positions go the same way.
+        """
+        return self._replace(number_BQ=self.positions_BQ + tokens_BQ)
 
 
 def prefill(model: DeepSeekV3, tokens_BT: jax.Array, lengths_B: jax.Array, cache: LatentCache,
@@ -94,8 +107,9 @@ def predict_ahead(model: DeepSeekV3, depth: int, hidden_BQD: jax.Array, tokens_B
     module = gathered(model.mtp[depth - 1])
     ahead_BQD = constrain_batch(gathered(model.embed_tokens)(tokens_BQ))
     joined = module.join(hidden_BQD, ahead_BQD)
-    hidden_BQD, storage = _block(module.block, joined, span, cache.storage,
-                                 model.config.num_hidden_layers + depth - 1, execution)
+    hidden_BQD, storage, sent_HS = _block(module.block, joined, span.numbered(tokens_BQ), cache.storage,
+                                          model.config.num_hidden_layers + depth - 1, execution)
+    cache = _counted(cache, model.config.num_moe_layers + depth - 1, None if sent_HS is None else sent_HS[None])
     return hidden_BQD, dataclasses.replace(cache, storage=storage)
 
 
@@ -135,38 +149,58 @@ def unstacked(model: DeepSeekV3) -> DeepSeekV3:
 def _run(model: DeepSeekV3, tokens_BQ: jax.Array, span: Span, cache: LatentCache,
          execution: Execution) -> CachedOutput:
     hidden_BQD, storage = constrain_batch(gathered(model.embed_tokens)(tokens_BQ)), cache.storage
-    dense = model.config.first_k_dense_replace
+    dense, span = model.config.first_k_dense_replace, span.numbered(tokens_BQ)
     if dense:
-        hidden_BQD, storage = _stack(model.dense_layers, hidden_BQD, span, storage, 0, execution)
-    hidden_BQD, storage = _stack(model.moe_layers, hidden_BQD, span, storage, dense, execution)
+        hidden_BQD, storage, _ = _stack(model.dense_layers, hidden_BQD, span, storage, 0, execution)
+    hidden_BQD, storage, sent_LHS = _stack(model.moe_layers, hidden_BQD, span, storage, dense, execution)
     normed = gathered(model.norm)(hidden_BQD)
     mtp_input = hidden_BQD if model.config.mtp_hidden == "pre_norm" else normed
-    return CachedOutput(normed, mtp_input, LatentCache(storage, span.lengths_B))
+    cache = dataclasses.replace(_counted(cache, 0, sent_LHS), storage=storage, lengths_B=span.lengths_B)
+    return CachedOutput(normed, mtp_input, cache)
+
+
+def _counted(cache: LatentCache, first: int, sent_LHS: jax.Array | None) -> LatentCache:
+    """The cache with what MoE layers `first`, first + 1, ... have sent counted, if anybody counts."""
+    if cache.sent_HLS is None or sent_LHS is None:
+        return cache
+    sent_HLS = cache.sent_HLS.at[:, first:first + len(sent_LHS)].add(jnp.moveaxis(sent_LHS, 1, 0))
+    return dataclasses.replace(cache, sent_HLS=sent_HLS)
 
 
 def _stack(blocks: Block | nnx.List, hidden_BQD: jax.Array, span: Span, storage: Storage, first: int,
-           execution: Execution) -> tuple[jax.Array, Storage]:
-    """Layers in order. The cache is carried, not scanned over, so that a step writes its entries and no more."""
+           execution: Execution) -> tuple[jax.Array, Storage, jax.Array | None]:
+    """Layers in order; and what they sent to slots, [L, H, S], if they have any. The cache is carried, not scanned
+    over, so that a step writes its entries and no more."""
     if isinstance(blocks, nnx.List):
+        sent = []
         for index, block in enumerate(blocks):
-            hidden_BQD, storage = _block(gathered(block), hidden_BQD, span, storage, first + index, execution)
-        return hidden_BQD, storage
+            hidden_BQD, storage, sent_HS = _block(gathered(block), hidden_BQD, span, storage, first + index, execution)
+            sent.append(sent_HS)
+        return hidden_BQD, storage, jax.tree.map(lambda *each: jnp.stack(each), *sent)
     graphdef, layers = nnx.split(blocks)
     count = len(jax.tree.leaves(layers)[0])
 
-    def step(carry: tuple[jax.Array, Storage], xs: tuple[nnx.State, jax.Array]) -> tuple[tuple, None]:
+    def step(carry: tuple[jax.Array, Storage], xs: tuple[nnx.State, jax.Array]) -> tuple[tuple, jax.Array | None]:
         layer, index = xs
-        return _block(nnx.merge(graphdef, gather_for_compute(layer)), carry[0], span, carry[1], index, execution), None
-    return jax.lax.scan(step, (hidden_BQD, storage), (layers, first + jnp.arange(count)),
-                        unroll=count <= SHORT_STACK)[0]
+        *after, sent_HS = _block(nnx.merge(graphdef, gather_for_compute(layer)), carry[0], span, carry[1], index,
+                                 execution)
+        return tuple(after), sent_HS
+    (hidden_BQD, storage), sent_LHS = jax.lax.scan(step, (hidden_BQD, storage), (layers, first + jnp.arange(count)),
+                                                   unroll=count <= SHORT_STACK)
+    return hidden_BQD, storage, sent_LHS
 
 
 def _block(block: Block, hidden_BQD: jax.Array, span: Span, storage: Storage, layer: jax.Array | int,
-           execution: Execution) -> tuple[jax.Array, Storage]:
-    """`Block.__call__` with its attention on the cache."""
+           execution: Execution) -> tuple[jax.Array, Storage, jax.Array | None]:
+    """`Block.__call__` with its attention on the cache; the last is `ReplicatedExperts`' count."""
     attention = block.self_attn
     normed = block.input_layernorm(hidden_BQD)
     with jax.named_scope("attention"):
         out, storage = attend(attention, normed, span, storage, layer)
         hidden_BQD += attention.o_proj(out.reshape(*out.shape[:2], -1))
-    return block.feed_forward(constrain_batch(hidden_BQD), execution)[0], storage
+    hidden_BQD = constrain_batch(hidden_BQD)
+    if not isinstance(block.mlp, ReplicatedExperts):
+        return block.feed_forward(hidden_BQD, execution)[0], storage, None
+    numbers = TokenNumbers(span.number_BQ, span.real_BQ)
+    out, sent_HS = block.mlp(block.post_attention_layernorm(hidden_BQD), numbers, execution)
+    return constrain_batch(hidden_BQD + out), storage, sent_HS

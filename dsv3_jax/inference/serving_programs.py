@@ -46,6 +46,19 @@ class ServingState(NamedTuple):
     """bool: tokens that the row has."""
     window: Window | None
     """For the prediction modules, [R, W, ...]."""
+    sent_HLS: jax.Array | None
+    """`LatentCache.sent_HLS`; None without a placement of experts."""
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """What each row has: its length, last token, seen tokens and window."""
+        return self.lengths_R, self.last_R, self.seen_RV, self.window
+
+    def changed(self, storage: PagedStorage, place_b: jax.Array, rows_b: tuple[Any, ...],
+                sent_HLS: jax.Array | None) -> ServingState:
+        """With the rows that lanes name replaced."""
+        lengths_R, last_R, seen_RV, window = _with_rows(place_b, self.rows, rows_b)
+        return ServingState(storage, lengths_R, last_R, seen_RV, window, sent_HLS)
 
 
 class Chunk(NamedTuple):
@@ -226,8 +239,10 @@ class ServingPrograms:
             size = window_size(config)
             hidden = jnp.zeros((self._rows, size, config.hidden_size), self.on_mesh.activations)
             window = Window(hidden, zeros((self._rows, size)))
+        placement = self.on_mesh.placement
+        sent = None if placement is None else zeros((self.devices, *placement.expert_LS.shape))
         return ServingState(storage, zeros(self._rows), zeros(self._rows),
-                            jnp.zeros((self._rows, config.vocab_size), bool), window)
+                            jnp.zeros((self._rows, config.vocab_size), bool), window, sent)
 
     def _taken(self, state: ServingState, place_b: jax.Array, table_bJ: jax.Array) -> tuple[Any, Any]:
         def local(arrays: tuple[jax.Array, ...], table_bJ: jax.Array) -> tuple[jax.Array, ...]:
@@ -246,18 +261,18 @@ class ServingPrograms:
         arrays = on_each_device(local, (PAGES, ROWS, ROWS), PAGES)(state.storage.arrays_LPSx, arrival.arrays_bLJSx,
                                                                    arrival.table_bJ)
         changed = arrival.lengths_b, arrival.last_b, arrival.seen_bV, arrival.window
-        return ServingState(dataclasses.replace(state.storage, arrays_LPSx=arrays),
-                            *_with_rows(arrival.place_b, state[1:], changed))
+        return state.changed(dataclasses.replace(state.storage, arrays_LPSx=arrays), arrival.place_b, changed,
+                             state.sent_HLS)
 
     def _advance(self, weights: nnx.State, state: ServingState, place_b: jax.Array, table_bJ: jax.Array,
                  rows: RowSampling) -> tuple[ServingState, jax.Array, jax.Array]:
         model = nnx.merge(self.on_mesh.structure, weights)
-        lengths_b, *others = _rows_of(place_b, state[1:])
-        before = DecodeState(LatentCache(state.storage.of_rows(table_bJ), lengths_b), *others)
-        after, tokens_bQ, counts_b = advance(model, before, place_b >= 0, rows, self.on_mesh.execution)
+        lengths_b, *others = _rows_of(place_b, state.rows)
+        cache = LatentCache(state.storage.of_rows(table_bJ), lengths_b, state.sent_HLS)
+        after, tokens_bQ, counts_b = advance(model, DecodeState(cache, *others), place_b >= 0, rows,
+                                             self.on_mesh.execution)
         changed = after.cache.lengths_B, after.last_B, after.seen_BV, after.window
-        return (ServingState(_without_rows(after.cache), *_with_rows(place_b, state[1:], changed)), tokens_bQ,
-                counts_b)
+        return (state.changed(_without_rows(after.cache), place_b, changed, after.cache.sent_HLS), tokens_bQ, counts_b)
 
     def _read_chunk(self, weights: nnx.State, state: ServingState, chunk: Chunk,
                     rows: RowSampling) -> tuple[ServingState, jax.Array]:
@@ -265,7 +280,8 @@ class ServingPrograms:
         size = chunk.tokens_bX.shape[1] - self.ahead
         tokens_bC, column_C = jnp.maximum(chunk.tokens_bX[:, :size], 0), jnp.arange(size)
         last = jnp.maximum(chunk.count_b - 1, 0)[:, None]
-        out = decode(model, tokens_bC, LatentCache(state.storage.of_rows(chunk.table_bJ), chunk.start_b), chunk.count_b)
+        cache = LatentCache(state.storage.of_rows(chunk.table_bJ), chunk.start_b, state.sent_HLS)
+        out = decode(model, tokens_bC, cache, chunk.count_b)
         logits_bV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
         seen_bV, window = _rows_of(chunk.place_b, (state.seen_RV, state.window))
         # Padding repeats the chunk's first token, which the row has anyway.
@@ -281,7 +297,7 @@ class ServingPrograms:
                                jnp.concatenate([window.tokens_BW, following_bC], axis=1), self.ahead + 1,
                                self.ahead + 1 + chunk.count_b)
         changed = (cache.lengths_B, token_b, with_token(seen_bV, token_b), window)
-        return ServingState(_without_rows(cache), *_with_rows(chunk.place_b, state[1:], changed)), token_b
+        return state.changed(_without_rows(cache), chunk.place_b, changed, cache.sent_HLS), token_b
 
 
 def _read_ahead(model: DeepSeekV3, out: CachedOutput, chunk: Chunk) -> LatentCache:

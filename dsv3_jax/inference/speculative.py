@@ -68,13 +68,13 @@ def window_of(hidden_BTD: jax.Array, tokens_BT: jax.Array, size: int, ends_B: ja
                   jnp.take_along_axis(tokens_BT, at_BW, axis=1))
 
 
-def draft(model: DeepSeekV3, window: Window, seen_BV: jax.Array, cache: LatentCache, rows: RowSampling,
-          execution: Execution = Execution()) -> tuple[Drafts, LatentCache]:
+def draft(model: DeepSeekV3, window: Window, seen_BV: jax.Array, cache: LatentCache, active_B: jax.Array,
+          rows: RowSampling, execution: Execution = Execution()) -> tuple[Drafts, LatentCache]:
     """One token from each module, each reading the ones before it."""
     head, n_B = gathered(model.lm_head), cache.lengths_B
     positions_BW = n_B[:, None] + jnp.arange(-window.tokens_BW.shape[1], 0)
     # A position before the row's start stands nowhere: it is written nowhere, and no other sees it.
-    span = Span(positions_BW, positions_BW >= 0, n_B, fresh=False)
+    span = Span(positions_BW, (positions_BW >= 0) & active_B[:, None], n_B, fresh=False)
     hidden_BWD, tokens_BW, tokens, distributions = window.hidden_BWD, window.tokens_BW, [], []
     for k in range(1, len(model.mtp) + 1):
         hidden_BWD, cache = predict_ahead(model, k, hidden_BWD, tokens_BW, span, cache, execution)
@@ -125,7 +125,7 @@ def speculative_step(model: DeepSeekV3, window: Window, seen_BV: jax.Array, cach
       What was added, and window, seen tokens and cache after it.
     """
     n_B, size = cache.lengths_B, window.tokens_BW.shape[1]
-    drafts, cache = draft(model, window, seen_BV, cache, rows, execution)
+    drafts, cache = draft(model, window, seen_BV, cache, active_B, rows, execution)
     tokens_BQ = jnp.concatenate([window.tokens_BW[:, -1:], drafts.tokens_BK], axis=1)
     out = decode(model, tokens_BQ, cache, jnp.where(active_B, tokens_BQ.shape[1], 0), execution)
     logits_BQV = gathered(model.lm_head)(out.hidden_BQD)

@@ -52,11 +52,16 @@ class RouterStats(NamedTuple):
 
 
 class RoutedExperts(nnx.Module):
-    """The experts' weights, stacked, and their evaluation for routed tokens."""
+    """The experts' weights, stacked, and their evaluation for routed tokens.
+
+    Attributes:
+      reach: most nodes that a token's experts are on.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
-        self.config, self.recipe = config, recipe
+        self.recipe = recipe
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.reach = min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else experts)
         std = config.initializer_range
         self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std,
                                          float8=True)
@@ -65,16 +70,15 @@ class RoutedExperts(nnx.Module):
     def __call__(self, hidden_BTD: jax.Array, routing: Routing,
                  execution: Execution) -> tuple[jax.Array, jax.Array, Traffic]:
         """[B, T, D] -> [B, T, D], sum over a token's experts of weight * FFN(token); and what `RouterStats` tells."""
-        config, mesh = self.config, jax.sharding.get_abstract_mesh()
+        mesh = jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
                      self.gate_up_proj.get_value(), self.down_proj.get_value())
-        topology = Topology(config.n_routed_experts)
+        topology = Topology(len(jax.tree.leaves(self.gate_up_proj.get_value())[0]))
         if not mesh.empty:
             topology = topology._replace(scale_out=mesh.shape["scale_out"],
                                          scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))
-        run = functools.partial(
-            _routed_ffn, topology=topology, recipe=self.recipe, execution=execution,
-            reach=min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else config.n_routed_experts))
+        run = functools.partial(_routed_ffn, topology=topology, recipe=self.recipe, execution=execution,
+                                reach=self.reach)
         weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
         # Expert weights enter replicated over `data`, and their gradient is summed over it here.
         out_BTD, rounds, sent = on_each_device(run, in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),

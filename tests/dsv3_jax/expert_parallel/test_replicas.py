@@ -259,3 +259,12 @@ def test_no_load_at_all_is_placed():
     placement = place(np.zeros((1, 256)), PREFILL)
     check(placement)
     assert placement.device_load(np.zeros((1, 256))).max() == 0
+
+
+@pytest.mark.parametrize("deployment", [PREFILL, EP144, EP320, Deployment(6, 12, devices=4), Deployment(6, 6, 3)])
+def test_in_order_is_a_placement(deployment):
+    placement = Placement.in_order(2, deployment)
+    check(placement)
+    assert placement.expert_LS.dtype == np.int32
+    if deployment.slots == deployment.experts:
+        np.testing.assert_array_equal(placement.expert_LS, np.tile(np.arange(deployment.experts), (2, 1)))
