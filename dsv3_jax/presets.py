@@ -93,6 +93,24 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
+class ServingDeployment(NamedTuple):
+    """Devices that share one copy of a model's experts, and slots for replicas of them (`expert_parallel.replicas`)."""
+
+    devices: int
+    nodes: int
+    redundant: int
+    """Slots beyond the model's experts."""
+    by_group: bool
+    """Whether replicas stay on their router group's node."""
+
+
+DEPLOYMENTS = {"prefill": ServingDeployment(devices=32, nodes=4, redundant=32, by_group=True),
+               "decode144": ServingDeployment(devices=144, nodes=18, redundant=32, by_group=False),
+               "decode320": ServingDeployment(devices=320, nodes=40, redundant=64, by_group=False)}
+"""DeepSeek-V3's: prefill on 4 nodes and decode on 40 (paper 2, section 3.4), whose 64 devices for redundant and shared
+experts hold replicas here; decode on 18, as served later (DeepSeek's open-infra-index of February 2025)."""
+
+
 def _pretraining(model: ModelConfig) -> RunConfig:
     """Paper 2's recipe (section 4.2): 14.8T tokens in sequences of 4096, batch 3072 growing to 15360."""
     return RunConfig(

@@ -29,15 +29,9 @@ import tyro
 from dsv3_jax.config import ConfigError, ModelConfig, named
 from dsv3_jax.expert_parallel.rebalancing import arranged, rebalanced, transfers
 from dsv3_jax.expert_parallel.replicas import Deployment, Placement, checked_loads, lower_bound, place
-from dsv3_jax.presets import MODELS
+from dsv3_jax.presets import DEPLOYMENTS, MODELS, ServingDeployment
 from experiments.command_line import finish, import_pyplot, provenance, standard_output_for_json, write_report
 
-DEPLOYMENTS = {
-    "prefill": {"devices": 32, "nodes": 4, "redundant": 32, "by_group": True},
-    "decode144": {"devices": 144, "nodes": 18, "redundant": 32, "by_group": False},
-    "decode320": {"devices": 320, "nodes": 40, "redundant": 64, "by_group": False},
-}
-"""Of paper 2's decode, slots of shared experts are taken for replicas: it has 64 devices for both."""
 WEIGHT_BYTES = {"fp8": 1 + 4 / 128 ** 2, "bf16": 2.0}
 """A float8 block of 128 x 128 has a float32 scale."""
 
@@ -86,13 +80,13 @@ def deployments_of(arguments: Arguments, model: ModelConfig) -> dict[str, Deploy
       ConfigError: a name is unknown, or sizes don't go together.
     """
     if arguments.devices is not None:
-        sizes = {"own": {name: getattr(arguments, name) for name in DEPLOYMENTS["prefill"]}}
+        sizes = {"own": ServingDeployment(arguments.devices, arguments.nodes, arguments.redundant, arguments.by_group)}
     else:
         names = DEPLOYMENTS if "all" in arguments.deployment else arguments.deployment
         sizes = {name: named(DEPLOYMENTS, name, "--deployment") for name in names}
     experts = model.n_routed_experts
-    return {name: Deployment(experts, experts + size["redundant"], size["devices"], size["nodes"],
-                             model.n_group if size["by_group"] else 1) for name, size in sizes.items()}
+    return {name: Deployment(experts, experts + size.redundant, size.devices, size.nodes,
+                             model.n_group if size.by_group else 1) for name, size in sizes.items()}
 
 
 def loads_of(arguments: Arguments, model: ModelConfig) -> np.ndarray:

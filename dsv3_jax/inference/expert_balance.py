@@ -76,7 +76,7 @@ class ExpertBalance:
                                  donate_argnums=0, out_shardings=tuple(
                                      NamedSharding(on_mesh.mesh, spec) for spec in (ROWS, PartitionSpec())))
             self._drain = drain.lower(sent_HLS).compile()
-        self.programs = self._mover.programs + 1
+        self.programs = len(self._mover.compiled) + 1
 
     def measure(self, sent_HLS: jax.Array) -> jax.Array:
         """Takes over what the counters hold; gives them back empty."""

@@ -133,30 +133,28 @@ class LayerMover:
     """Moves the experts of one layer at a time, by programs compiled ahead.
 
     Args:
-      weights: of `ModelOnMesh.prepare` for a placement. Where layers are stacked, `move` overwrites them.
+      weights: of `ModelOnMesh.prepare` for a placement, or their shapes. Where layers are stacked, `move` overwrites
+        them.
 
     Attributes:
+      compiled: the programs, by whether they are for a layer in a stack.
       expert_bytes: of the weights of one expert of one layer.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, weights: nnx.State):
         self._mesh, self._main = mesh, model.num_moe_layers
+        self._whole = NamedSharding(mesh, PartitionSpec())
         flat = dict(nnx.to_flat_state(weights))
         self._stacked = ("moe_layers", "mlp", "replicas_E") in flat
-        self._programs: dict[bool, Any] = {}
+        self.compiled: dict[bool, Any] = {}
         for layer in range(expert_layers(model)):
             path, index = self._place_of(layer)
             stacked = index is not None
-            if stacked not in self._programs:
+            if stacked not in self.compiled:
                 values = self._values(flat, path)
-                self._programs[stacked] = self._compile(values, stacked)
+                self.compiled[stacked] = self._compile(values, stacked)
                 held = np.prod(jax.tree.leaves(values)[0].shape[:1 + stacked])
-                self.expert_bytes = int(sum(x.nbytes for x in jax.tree.leaves(values)) // held)
-
-    @property
-    def programs(self) -> int:
-        """How many it has compiled."""
-        return len(self._programs)
+                self.expert_bytes = sum(int(x.size // held) * x.dtype.itemsize for x in jax.tree.leaves(values))
 
     def move(self, weights: nnx.State, layer: int, old: Placement, new: Placement) -> nnx.State:
         """The weights with one layer's experts and tables as the new placement has them; others' are not looked at."""
@@ -164,7 +162,7 @@ class LayerMover:
         flat = dict(nnx.to_flat_state(weights))
         source_S = old.replica_slots_LER[layer, new.expert_LS[layer], 0]
         arguments = [self._everywhere(x) for x in (source_S, np.int32(index or 0))]
-        values = self._programs[index is not None](self._values(flat, path), *arguments)
+        values = self.compiled[index is not None](self._values(flat, path), *arguments)
         for name, value in zip(WEIGHTS, values, strict=True):
             at = (*path, "moe", "experts", name)
             flat[at] = flat[at].replace(value)
@@ -181,16 +179,18 @@ class LayerMover:
             def one(x: jax.Array) -> jax.Array:
                 if not stacked:
                     return regrouped(x, source_S)
-                layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+                # Constrained, or the compiler would send the whole stack to take one layer of it after that.
+                layer = jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(x, index, keepdims=False),
+                                                         PartitionSpec(EXPERT_AXES))
                 return jax.lax.dynamic_update_index_in_dim(x, regrouped(layer, source_S), index, 0)
             return jax.tree.map(one, values)
         slots = jax.tree.leaves(values)[0].shape[int(stacked)]
-        numbers = self._everywhere(np.zeros(slots, np.int32)), self._everywhere(np.int32(0))
+        source, index = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole) for shape in ((slots,), ()))
         with jax.set_mesh(self._mesh):
             # A stack is overwritten: there is no room for another.
             run: Any = jax.jit(move, out_shardings=jax.tree.map(lambda x: x.sharding, values),
                                donate_argnums=(0,) * stacked)
-            return run.lower(values, *numbers).compile()
+            return run.lower(values, source, index).compile()
 
     def _place_of(self, layer: int) -> tuple[tuple[Any, ...], int | None]:
         """The path of its mixture of experts, and its place in the stack there, if that is one."""
@@ -202,8 +202,7 @@ class LayerMover:
         return tuple(flat[*path, "moe", "experts", name].get_value() for name in WEIGHTS)
 
     def _everywhere(self, x: np.ndarray | np.int32) -> jax.Array:
-        return jax.make_array_from_callback(np.shape(x), NamedSharding(self._mesh, PartitionSpec()),
-                                            lambda index: np.asarray(x)[index])
+        return jax.make_array_from_callback(np.shape(x), self._whole, lambda index: np.asarray(x)[index])
 
 
 def _like(held: jax.Array, new: np.ndarray) -> jax.Array:
