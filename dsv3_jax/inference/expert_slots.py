@@ -121,7 +121,7 @@ def with_tables(model: DeepSeekV3, placement: Placement) -> DeepSeekV3:
     places += [(module.block, main + depth) for depth, module in enumerate(model.mtp)]
     for block, layers in places:
         block.mlp = ReplicatedExperts(block.mlp, replicas_LE[layers], slots_LER[layers],
-                                      anywhere=placement.deployment.is_global)
+                                      slots=placement.deployment.slots, anywhere=placement.deployment.is_global)
     return model
 
 

@@ -55,12 +55,14 @@ class RoutedExperts(nnx.Module):
     """The experts' weights, stacked, and their evaluation for routed tokens.
 
     Attributes:
+      slots: stacked experts on all devices; replicas in serving count too, see `nn.replicated`.
       reach: most nodes that a token's experts are on.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, recipe: PrecisionRecipe = PrecisionRecipe()):
         self.recipe = recipe
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.slots = experts
         self.reach = min(config.num_experts_per_tok, config.topk_group if config.n_group > 1 else experts)
         std = config.initializer_range
         self.gate_up_proj = normal_param(rngs, (experts, width, 2 * inner), ("expert", "embed", "mlp"), std,
@@ -73,7 +75,7 @@ class RoutedExperts(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         arguments = (hidden_BTD, routing.experts_K, routing.weights_K,
                      self.gate_up_proj.get_value(), self.down_proj.get_value())
-        topology = Topology(len(jax.tree.leaves(self.gate_up_proj.get_value())[0]))
+        topology = Topology(self.slots)
         if not mesh.empty:
             topology = topology._replace(scale_out=mesh.shape["scale_out"],
                                          scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))

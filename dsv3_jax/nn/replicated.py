@@ -43,11 +43,14 @@ class ReplicatedExperts(nnx.Module):
       moe: its experts' weights by slot, [S, ...].
       replicas_E: a layer's `Placement.replicas_LE`.
       replica_slots_ER: a layer's `Placement.replica_slots_LER`.
+      slots: S, on all devices.
       anywhere: whether an expert's replicas may be on different nodes.
     """
 
-    def __init__(self, moe: MixtureOfExperts, replicas_E: jax.Array, replica_slots_ER: jax.Array, anywhere: bool):
+    def __init__(self, moe: MixtureOfExperts, replicas_E: jax.Array, replica_slots_ER: jax.Array, slots: int,
+                 anywhere: bool):
         self.moe = moe
+        moe.experts.slots = slots
         self.replicas_E = ReplicaTable(replicas_E, axes=("router",))
         self.replica_slots_ER = ReplicaTable(replica_slots_ER, axes=("router", "replica"))
         if anywhere:
@@ -65,7 +68,7 @@ class ReplicatedExperts(nnx.Module):
 
     def _in_slots(self, experts_BTK: jax.Array, tokens: TokenNumbers) -> tuple[jax.Array, jax.Array]:
         """The slots of the experts that tokens chose, and how many tokens each device has for each."""
-        slots = len(jax.tree.leaves(self.moe.experts.gate_up_proj.get_value())[0])
+        slots = self.moe.experts.slots
 
         def local(experts_BTK: jax.Array, tokens: TokenNumbers, *tables: jax.Array) -> tuple[jax.Array, jax.Array]:
             chosen_BTK = jnp.where(tokens.real_BT[..., None], experts_BTK, -1)
