@@ -1,7 +1,7 @@
 """Serve a load of requests and tell what each had to wait.
 
   python experiments/serving_benchmark.py --rate 2 --requests 40
-  python experiments/serving_benchmark.py --model runs/quickstart --variants one speculative apart
+  python experiments/serving_benchmark.py --model runs/quickstart --variants one speculative apart --simulate-devices 4
   python experiments/serving_benchmark.py --variants one --concurrent 1 32 --out experiments/results/serving_cpu
 
 An open load: requests arrive at random at a mean rate, whether or not earlier ones are answered. Prompts are paragraphs
@@ -11,11 +11,15 @@ they are random, for sizes and speed. With --concurrent as many clients each ask
 throughput that there is, instead of the waiting at a given load.
 
 Variants: "one" engine; "speculative", with drafts of the prediction modules; "apart", prefill and decode on devices of
-their own (simulated on CPU, where they share its cores).
+their own; "spread", experts over four devices; "replicated", the same with replicas, which are placed anew by the load
+that was measured in a first part of the requests. With --simulate-devices 4 there are enough on any machine, which
+share its cores.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import re
 import sys
@@ -31,21 +35,26 @@ import numpy as np
 import tyro
 
 from dsv3_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, Precision
+from dsv3_jax.expert_parallel.replicas import Placement
 from dsv3_jax.inference.disaggregated import Disaggregated
-from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.engine import Engine, Totals
+from dsv3_jax.inference.expert_slots import deployment_on, expert_layers
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.request import Request, Ticket
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.scheduler import Busy, Sizes
-from dsv3_jax.mesh import make_mesh
+from dsv3_jax.mesh import make_mesh, shardings
 from dsv3_jax.nn.model import split_model
+from dsv3_jax.presets import MODELS
 from dsv3_jax.training import runtime
 from dsv3_jax.training.corpus import read_corpus
 from experiments.command_line import finish, import_pyplot, provenance, standard_output_for_json, write_report
 from experiments.decode_speed import SMALL_100M
 from experiments.inference_options import FolderOptions, load_for_inference, tokenizer_in
 
-VARIANTS = ("one", "speculative", "apart")
+VARIANTS = ("one", "speculative", "apart", "spread", "replicated")
+DEVICES = {"apart": 2, "spread": 4, "replicated": 4}
+"""Of a variant that has more than one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Arguments:
     """The load, and what serves it."""
 
     model: str = "small_100m"
-    """A run folder or published model with its tokenizer, or small_100m with random weights."""
+    """A run folder or published model with its tokenizer; or small_100m or a preset's name, with random weights."""
     precision: Precision | None = None
     """Default: that of the run; float32 for random weights."""
     variants: tuple[str, ...] = ("one",)
@@ -75,6 +84,8 @@ class Arguments:
     rows: int = 32
     """Requests that decode at a time."""
     page_size: int = 32
+    simulate_devices: int | None = None
+    """So many CPU devices, for variants that want more than there are."""
     seed: int = 0
     out: Path | None = None
     """Write OUT.json, OUT.md and OUT.png."""
@@ -91,7 +102,8 @@ def main() -> None:
     if arguments.requests < 1 or arguments.rate <= 0 or any(count < 1 for count in arguments.concurrent):
         raise ConfigError("--requests, --rate and --concurrent must be above 0")
     with standard_output_for_json(arguments.json) as write_json:
-        runtime.start(MeshConfig(simulate_devices=2 if "apart" in arguments.variants else None))
+        runtime.start(MeshConfig(simulate_devices=arguments.simulate_devices))
+        check_devices(arguments.variants)
         config, precision, load_on, encode = open_model(arguments)
         asked = make_requests(arguments, config, encode)
         results = [{"variant": variant, **result}
@@ -106,14 +118,23 @@ def main() -> None:
         write_json(told)
 
 
+def check_devices(variants: Sequence[str]) -> None:
+    """Raises `ConfigError` if there are too few."""
+    for variant in variants:
+        if DEVICES.get(variant, 1) > jax.device_count():
+            raise ConfigError(f"--variants {variant} wants {DEVICES[variant]} devices, and there are "
+                              f"{jax.device_count()}: add --simulate-devices {max(DEVICES.values())}")
+
+
 def open_model(arguments: Arguments) -> tuple[ModelConfig, Precision, Callable[[Any], tuple], Callable[[str], list]]:
     """The architecture, its precision, (mesh) -> (params, router biases), and text -> ids."""
-    if arguments.model != "small_100m":
+    named_models = {"small_100m": dataclasses.replace(SMALL_100M, num_nextn_predict_layers=1), **MODELS}
+    if arguments.model not in named_models:
         options = FolderOptions(Path(arguments.model), precision=arguments.precision)
         loaded, tokenizer = load_for_inference(options), tokenizer_in(options.folder)
         return (loaded.model, loaded.precision, lambda mesh: (loaded.params, loaded.router_bias),
                 lambda text: [tokenizer.bos, *tokenizer.encode(text)])
-    config = dataclasses.replace(SMALL_100M, num_nextn_predict_layers=1)
+    config = named_models[arguments.model]
 
     def random(mesh: Any) -> tuple:
         with jax.set_mesh(mesh):
@@ -151,12 +172,18 @@ def measure(arguments: Arguments, variant: str, config: ModelConfig, precision: 
     for clients in arguments.concurrent or (None,):
         engine = make_engine(arguments, variant, config, precision, load_on, asked)
         with engine:
+            if variant == "replicated":
+                assert isinstance(engine, Engine)
+                learn_load(engine, asked)
             began = time.perf_counter()
             tickets = (open_load(engine, asked, arguments) if clients is None
                        else closed_load(engine, asked, clients))
             for ticket in tickets:
                 ticket.wait()
             result = told_of(tickets, engine, time.perf_counter() - began)
+            if variant in ("spread", "replicated"):
+                assert isinstance(engine, Engine)
+                result["fullest_device"] = float(engine.imbalance().mean())
         at = {"rate": arguments.rate} if clients is None else {"concurrent": clients}
         print(f"variant {variant} " + " ".join(f"{key} {value:g}" for key, value in {**at, **result}.items()
                                                if isinstance(value, int | float)), file=sys.stderr, flush=True)
@@ -177,12 +204,39 @@ def make_engine(arguments: Arguments, variant: str, config: ModelConfig, precisi
         on_mesh = ModelOnMesh(config, mesh, precision=precision, speculative=variant == "speculative")
         params, bias = jax.device_put(load_on(mesh), jax.sharding.NamedSharding(mesh, jax.P()))
         return Engine(on_mesh, on_mesh.prepare(params, bias), sizes, **options)
+    if variant in ("spread", "replicated"):
+        return spread_engine(config, precision, load_on, sizes, replicas=variant == "replicated")
     if variant != "apart":
         return on_device(0)
     system = Disaggregated(waiting=sizes.waiting)
     system.add_prefill("prefill", lambda push: on_device(0, hand_over=push))
     system.add_decode("decode", on_device(1, receives=True))
     return system
+
+
+def spread_engine(config: ModelConfig, precision: Precision, load_on: Callable[[Any], tuple], sizes: Sizes,
+                  replicas: bool) -> Engine:
+    """On devices that share experts, as many rows altogether as `sizes` says; a replica for every fourth expert, if
+    any."""
+    devices = DEVICES["spread"]
+    mesh = make_mesh(MeshConfig(data=1, scale_up=devices), jax.devices()[:devices])
+    redundant = -(-config.n_routed_experts // 4 // devices) * devices if replicas else 0
+    placement = Placement.in_order(expert_layers(config), deployment_on(config, mesh, redundant))
+    on_mesh = ModelOnMesh(config, mesh, precision=precision, placement=placement)
+    params, bias = load_on(mesh)
+    params, bias = (jax.device_put(x, shardings(x, mesh)) for x in (params, bias))
+    each = -(-sizes.rows // devices)
+    return Engine(on_mesh, on_mesh.prepare(params, bias),
+                  dataclasses.replace(sizes, rows=each, pages=each * sizes.pages_per_row))
+
+
+def learn_load(engine: Engine, asked: list[Request]) -> None:
+    """Half of the requests, and experts placed by what they asked of them; it counts for nothing else."""
+    for ticket in [engine.submit(request) for request in asked[:len(asked) // 2]]:
+        ticket.wait()
+    moved = engine.rebalance()
+    print(f"rebalanced in {moved.seconds:.2f} s: {moved.moved_bytes / 1e6:.1f} MB moved", file=sys.stderr, flush=True)
+    engine.totals = Totals(accepted=[0] * len(engine.totals.accepted))
 
 
 def open_load(engine: Engine | Disaggregated, asked: list[Request], arguments: Arguments) -> list[Ticket]:
@@ -203,15 +257,17 @@ def open_load(engine: Engine | Disaggregated, asked: list[Request], arguments: A
 
 
 def closed_load(engine: Engine | Disaggregated, asked: list[Request], clients: int) -> list[Ticket]:
-    """Each client's requests one after the other."""
+    """Each client asks for the next when it is answered."""
     tickets: list[Ticket] = []
+    left = collections.deque(asked)
 
-    def client(own: Sequence[Request]) -> None:
-        for request in own:
-            ticket = engine.submit(request)
-            tickets.append(ticket)
-            ticket.wait()
-    threads = [threading.Thread(target=client, args=(asked[number::clients],)) for number in range(clients)]
+    def client() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                ticket = engine.submit(left.popleft())
+                tickets.append(ticket)
+                ticket.wait()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -248,14 +304,15 @@ def as_markdown(told: dict[str, Any]) -> str:
              f"{told['prompt_tokens']['median']:.0f} tokens in the median, answers of "
              f"{told['answer_tokens']['median']:.0f}.", "",
              "| variant | load | tokens/s | first token, median / p99 | each further, median / p99 | rows a step "
-             "| prompt tokens reused | drafts accepted |", "|---|---|---|---|---|---|---|---|"]
+             "| prompt tokens reused | drafts accepted | fullest device |", "|---|---|---|---|---|---|---|---|---|"]
     for row in told["results"]:
         load = f"{row['rate']:g} requests/s" if "rate" in row else f"{row['concurrent']} clients"
         first, each = row["time_to_first_token_s"], row["time_per_token_s"]
         accepted = ", ".join(f"{100 * share:.0f}%" for share in row["acceptance"]) or "-"
+        fullest = f"{row['fullest_device']:.2f} of mean" if "fullest_device" in row else "-"
         lines.append(f"| {row['variant']} | {load} | {row['tokens_per_second']:.1f} | {first['median']:.2f} / "
                      f"{first['p99']:.2f} s | {1e3 * each['median']:.0f} / {1e3 * each['p99']:.0f} ms | "
-                     f"{row['rows_per_step']:.1f} | {100 * row['reused_share']:.0f}% | {accepted} |")
+                     f"{row['rows_per_step']:.1f} | {100 * row['reused_share']:.0f}% | {accepted} | {fullest} |")
     return "\n".join(lines) + "\n"
 
 

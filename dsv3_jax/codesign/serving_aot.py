@@ -45,6 +45,10 @@ class ServingReport:
     pod: str
     program: Program
     slots: int
+    tokens: int
+    """Of each device in one run, drafts included; 0 for a move."""
+    expert_layers: int
+    """The prediction modules' included."""
     argument_bytes: int
     """Weights and cache."""
     temporary_bytes: int
@@ -78,9 +82,10 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
     memory, hbm = compiled.memory_analysis(), pod.hardware.hbm_bytes
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
                + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    return ServingReport(str(pod), program, model.n_routed_experts + deployment.redundant,
-                         memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, hbm, peak <= hbm, seconds,
-                         _sent(compiled.as_text(), layout_of(pod, mesh)))
+    tokens = {"step": sizes.rows * (1 + model.num_nextn_predict_layers), "chunk": chunk, "move": 0}[program]
+    return ServingReport(str(pod), program, model.n_routed_experts + deployment.redundant, tokens,
+                         expert_layers(model), memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, hbm,
+                         peak <= hbm, seconds, _sent(compiled.as_text(), layout_of(pod, mesh)))
 
 
 def _compiled(model: ModelConfig, mesh: Mesh, deployment: ServingDeployment, program: Program, sizes: Sizes,

@@ -32,6 +32,9 @@ from dsv3_jax.inference.serving_programs import ServingPrograms
 
 CHUNKS = (16, 64, 256)
 """Tokens of a prompt that are read at once, see `Engine._chunk_for`."""
+TOGETHER = 4
+"""Prompts of a device that are read at once, as far as their tokens are no more than the greatest chunk: experts'
+weights are fetched once for all of them."""
 SMALLEST_TABLE = 4
 """Pages of a row that a program sees: this many, or a power of four times it, up to all."""
 
@@ -110,7 +113,8 @@ class Engine:
         self.totals = Totals(accepted=[0] * self._ahead)
         self.error: BaseException | None = None
         self._state = self._programs.empty()
-        self.programs = self._programs.compile(weights, self._state, self._chunks, self._counts(), self._widths())
+        self.programs = self._programs.compile(weights, self._state, self._lanes_and_sizes(), self._counts(),
+                                                self._widths())
         self._hand_over = hand_over
         if hand_over is not None or receives:
             gives = hand_over is not None
@@ -234,16 +238,17 @@ class Engine:
                 self.totals.reused_tokens += row.read
             decoding = sum(not row.reading for row in self._scheduler.rows)
             reads = self._scheduler.reads() if self._pace.may_read(decoding) else []
-        if reads:
+        did |= any(reads)
+        if any(reads):
             self._read(reads)
         with self._lock:
             # A step costs little more for many rows than for few, so the rows that are being read wait to join it.
-            first = self._pace.reads_first and self._scheduler.reads()
+            first = self._pace.reads_first and any(self._scheduler.reads())
             decodes = [] if first else self._scheduler.decodes()
             self.totals.preemptions = self._scheduler.preemptions
         if decodes:
             self._decode(decodes)
-        return bool(did or reads or decodes or placed)
+        return bool(did or decodes or placed)
 
     def run(self) -> None:
         """Turns until nothing is left to do."""
@@ -377,40 +382,49 @@ class Engine:
             raise ConfigError(f"the prompt has token {high if low >= 0 else low} outside model.vocab_size "
                               f"({self.on_mesh.model.vocab_size}): use the tokenizer the model was trained with")
 
-    def _read(self, reads: list[Row]) -> None:
-        """A chunk of each row."""
+    def _read(self, reads: list[list[Row]]) -> None:
+        """A chunk of the first rows of each device."""
         began = time.perf_counter()
-        left = max(row.to_read - row.read for row in reads)
-        size = self._chunk_for(left)
-        chunk = self._programs.idle_chunk(size, self._width(min(row.read + size, row.to_read) for row in reads))
-        sampling = [Sampling(temperature=0)] * self._devices
-        counts = {}
-        for row in reads:
-            lane, end = row.device, min(row.read + size, row.to_read)
-            counts[row] = end - row.read
+        most, size = self._chunk_for(reads)
+        rows = {device * most + number: row for device, line in enumerate(reads)
+                for number, row in enumerate(line[:most])}
+        ends = {row: min(row.read + size, row.to_read) for row in rows.values()}
+        chunk = self._programs.idle_chunk(size, self._width(ends.values()), most)
+        sampling = [Sampling(temperature=0)] * len(chunk.place_b)
+        for lane, row in rows.items():
             tokens = row.tokens[row.read:row.read + size + self._ahead]
             chunk.tokens_bX[lane, :len(tokens)] = tokens
-            chunk.place_b[lane], chunk.start_b[lane], chunk.count_b[lane] = row.place, row.read, counts[row]
+            chunk.place_b[lane], chunk.start_b[lane], chunk.count_b[lane] = row.place, row.read, ends[row] - row.read
             chunk.first_b[lane] = row.read == row.first
             pages = row.pages[:chunk.table_bJ.shape[1]]
             chunk.table_bJ[lane, :len(pages)] = pages
             sampling[lane] = row.ticket.request.sampling
         self._state, next_b = self._programs.read(self._weights, self._state, chunk, sampling_rows(sampling))
         with self._lock:
-            for row, count in counts.items():
-                self._scheduler.did_read(row, count)
+            for lane, row in rows.items():
+                self._scheduler.did_read(row, int(chunk.count_b[lane]))
                 if not row.reading and self._hand_over is None:
-                    self._give(row, [int(next_b[row.device])])
+                    self._give(row, [int(next_b[lane])])
                 elif not row.reading:
-                    self._offer(row, int(next_b[row.device]))
+                    self._offer(row, int(next_b[lane]))
             self.totals.chunks += 1
-            self.totals.read_tokens += sum(counts.values())
-            self._pace.did_read(time.perf_counter() - began, sum(counts.values()))
+            self.totals.read_tokens += int(chunk.count_b.sum())
+            self._pace.did_read(time.perf_counter() - began, int(chunk.count_b.sum()))
 
-    def _chunk_for(self, left: int) -> int:
-        """The least chunk that holds so many tokens if it is more than half full then, else the greatest within it."""
+    def _chunk_for(self, reads: list[list[Row]]) -> tuple[int, int]:
+        """Lanes of a device, and tokens of each: the least chunk that holds what is left of the first prompts if it is
+        more than half full then, else the greatest within it. Together with others if most lanes have one."""
+        left = max(line[0].to_read - line[0].read for line in reads if line)
         size = next((size for size in self._chunks if size >= left), self._chunks[-1])
-        return size if 2 * left > size else max((s for s in self._chunks if s <= left), default=size)
+        if 2 * left <= size:
+            size = max((s for s in self._chunks if s <= left), default=size)
+        together = 2 * max(map(len, reads)) > TOGETHER and (TOGETHER, size) in self._lanes_and_sizes()
+        return TOGETHER if together else 1, size
+
+    def _lanes_and_sizes(self) -> list[tuple[int, int]]:
+        """Of chunks that programs are compiled for."""
+        return [(lanes, size) for size in self._chunks for lanes in (1, TOGETHER)
+                if lanes == 1 or (lanes <= self.sizes.rows and lanes * size <= self._chunks[-1])]
 
     def _decode(self, rows: list[Row]) -> None:
         """A step of these rows."""

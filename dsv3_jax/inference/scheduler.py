@@ -167,13 +167,13 @@ class Scheduler:
         self.did_decode(row, len(prompt))
         return row
 
-    def reads(self) -> list[Row]:
-        """The row of each device whose prompt is read next: the first that came."""
-        firsts: dict[int, Row] = {}
+    def reads(self) -> list[list[Row]]:
+        """The rows of each device whose prompts are to be read, in the order in which they came."""
+        lines: list[list[Row]] = [[] for _ in self._rows]
         for row in self.rows:
             if row.reading:
-                firsts.setdefault(row.device, row)
-        return list(firsts.values())
+                lines[row.device].append(row)
+        return lines
 
     def did_read(self, row: Row, count: int) -> None:
         """`count` tokens of the row's beginning are in the cache now."""

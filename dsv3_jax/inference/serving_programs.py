@@ -62,7 +62,7 @@ class ServingState(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens of prompts to read, a lane a device; NumPy arrays that become jax.Arrays."""
+    """Tokens of prompts to read, equally many lanes a device; NumPy arrays that become jax.Arrays."""
 
     place_b: Any
     """int32: which of its device's rows; -1 for a lane that has nothing to do."""
@@ -117,7 +117,7 @@ class ServingPrograms:
         self._adopt: Any = jax.jit(self._adopted, donate_argnames="state", out_shardings=layout)
         self._takes: dict[int, Any] = {}
         self._adopts: dict[int, Any] = {}
-        self._reads: dict[tuple[int, int], Any] = {}
+        self._reads: dict[tuple[int, int, int], Any] = {}
         self._steps: dict[tuple[int, int], Any] = {}
         self._empty = jax.jit(self._nothing, out_shardings=layout)
         self._read: Any = jax.jit(self._read_chunk, donate_argnames="state", out_shardings=(layout, everywhere))
@@ -129,21 +129,22 @@ class ServingPrograms:
         with jax.set_mesh(self.on_mesh.mesh):
             return self._empty()
 
-    def compile(self, weights: nnx.State, state: ServingState, chunks: Sequence[int], rows: Sequence[int],
+    def compile(self, weights: nnx.State, state: ServingState, chunks: Sequence[tuple[int, int]], rows: Sequence[int],
                 widths: Sequence[int]) -> int:
-        """Compiles all programs for these sizes of chunks, rows of a device in a step, and widths of tables; how many
-        there are."""
+        """Compiles all programs for these chunks (lanes of a device, tokens of a lane), rows of a device in a step, and
+        widths of tables; how many there are."""
         for width in widths:
-            for size in chunks:
-                self._reads[size, width] = self.lower_read(weights, state, size, width).compile()
+            for lanes, size in chunks:
+                self._reads[lanes, size, width] = self.lower_read(weights, state, size, width, lanes).compile()
             for count in rows:
                 self._steps[count, width] = self.lower_step(weights, state, count, width).compile()
         return len(self._reads) + len(self._steps)
 
-    def lower_read(self, weights: nnx.State, state: ServingState, size: int, width: int) -> Any:
-        """The program that reads a chunk of `size` tokens, rows having `width` pages; of shapes alone if need be."""
-        return self._lowered(self._read, weights, state, self.idle_chunk(size, width),
-                             sampling_rows([Sampling()] * self.devices))
+    def lower_read(self, weights: nnx.State, state: ServingState, size: int, width: int, lanes: int = 1) -> Any:
+        """The program that reads `size` tokens in each of a device's lanes, rows having `width` pages; of shapes alone
+        if need be."""
+        return self._lowered(self._read, weights, state, self.idle_chunk(size, width, lanes),
+                             sampling_rows([Sampling()] * lanes * self.devices))
 
     def lower_step(self, weights: nnx.State, state: ServingState, count: int, width: int) -> Any:
         """The program of a step of `count` rows of each device."""
@@ -200,9 +201,9 @@ class ServingPrograms:
         """The state with rows that have arrived."""
         return self._adopts[arrival.table_bJ.shape[1]](state, self._placed(arrival))
 
-    def idle_chunk(self, size: int, width: int) -> Chunk:
-        """One of `size` tokens and tables of `width` pages, in which no lane has anything to do."""
-        lanes = self.devices
+    def idle_chunk(self, size: int, width: int, lanes: int = 1) -> Chunk:
+        """Of `size` tokens in each of a device's lanes, and tables of `width` pages; no lane has anything to do."""
+        lanes *= self.devices
         start_b, count_b = np.zeros((2, lanes), np.int32)
         return Chunk(np.full(lanes, -1, np.int32), np.full((lanes, size + self.ahead), -1, np.int32), start_b, count_b,
                      np.zeros(lanes, bool), np.full((lanes, width), -1, np.int32))
@@ -210,7 +211,8 @@ class ServingPrograms:
     def read(self, weights: nnx.State, state: ServingState, chunk: Chunk,
              rows: RowSampling) -> tuple[ServingState, np.ndarray]:
         """Reads a chunk (of NumPy arrays); int32 [b], the token that follows it."""
-        run = self._reads[chunk.tokens_bX.shape[1] - self.ahead, chunk.table_bJ.shape[1]]
+        lanes, width = chunk.table_bJ.shape
+        run = self._reads[lanes // self.devices, chunk.tokens_bX.shape[1] - self.ahead, width]
         state, tokens = run(weights, state, self._placed(chunk), self._placed(rows))
         return state, np.asarray(tokens)
 

@@ -76,6 +76,26 @@ def requests(count, seed=0, sampling=GREEDY):
     return made
 
 
+@pytest.mark.parametrize(("sampling", "speculative"), [(GREEDY, True), (Sampling(temperature=1.0, seed=3), False)],
+                         ids=["greedy, speculative", "sampled"])
+def test_several_prompts_are_read_at_once(sampling, speculative):
+    """In four lanes of a quarter of the longest chunk; a prompt that fills that is read by itself."""
+    engine = make_engine(Sizes(rows=8, pages=24, page_size=16, context=48), chunks=(4, 16), speculative=speculative)
+    asked = [dataclasses.replace(request, prompt=request.prompt[:5 + number % 4], max_new_tokens=4)
+             for number, request in enumerate(requests(24, sampling=sampling)) if len(request.prompt) > 8]
+    tickets = [engine.submit(request) for request in asked]
+    engine.run()
+    assert [ticket.tokens for ticket in tickets] == [answer_alone(request) for request in asked]
+    by_themselves = 2 * len(asked)
+    assert engine.totals.chunks < by_themselves / 2
+    long = [Request(np.arange(32, dtype=np.int32) + at, 2, sampling) for at in range(4)]
+    before = engine.totals.chunks
+    for request in long:
+        engine.submit(request)
+    engine.run()
+    assert engine.totals.chunks - before == 8
+
+
 @pytest.mark.parametrize("options", [
     {}, {"speculative": True},
     pytest.param({"speculative": True, "mesh": (2, 2)}, marks=pytest.mark.slow)], ids=str)

@@ -105,7 +105,7 @@ def test_a_request_goes_where_its_beginning_lies():
         read_all(scheduler)
     assert devices[3:] == [devices[1], devices[0]]
     assert len(set(devices[:3])) == 3
-    assert len(scheduler.reads()) == 0
+    assert not any(scheduler.reads())
 
 
 def test_what_is_too_much_is_refused_with_the_remedy():
