@@ -42,7 +42,7 @@ class Arguments:
 
     preset: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MODELS)}.")] = "deepseek_v3"
     deployment: tuple[str, ...] = ("all",)
-    """prefill, decode144, decode320, or all."""
+    """prefill, decode144, decode320, decode72, or all."""
     devices: int | None = None
     """Of a deployment of your own, in place of those."""
     nodes: int = 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import tyro
@@ -30,6 +32,7 @@ from dsv3_jax.mesh import make_mesh, mesh_shape
 from dsv3_jax.precision.recipe import COMPUTE_DTYPE, holds_float8
 from dsv3_jax.training import runtime
 
+WORKER_KEY_VARIABLE = "SERVE_WORKER_KEY"
 CPU_CACHE_BYTES = 2 * 2 ** 30
 """Most memory that an engine's pages take where the device does not say how much it has."""
 SHARE_OF_FREE_MEMORY = 0.8
@@ -143,13 +146,13 @@ def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Genera
     return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)
 
 
-def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targets) -> tuple[str, Tokenizer, Engine]:
-    """Which weights the folder's are, its tokenizer, and an engine with its programs compiled.
+def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targets,
+                **handing_over: Any) -> tuple[str, Engine]:
+    """Which weights the folder's are, and an engine with its programs compiled; `handing_over` is for `Engine`.
 
     Raises:
       ConfigError: as `load_for_inference` and `Engine`; several processes, of which only one hears requests.
     """
-    tokenizer = tokenizer_in(options.folder)
     loaded = load_for_inference(options)
     if jax.process_count() > 1:
         raise ConfigError(f"an engine runs in one process, and this is one of {jax.process_count()}: start it on one "
@@ -159,7 +162,36 @@ def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targe
     weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
     source = loaded.source
     del loaded  # what the weights were made from leaves its room to pages
-    return source, tokenizer, Engine(on_mesh, weights, engine_sizes(engine, on_mesh), targets)
+    return source, Engine(on_mesh, weights, engine_sizes(engine, on_mesh), targets, **handing_over)
+
+
+def log(line: str) -> None:
+    """A server's line, on standard error, with the time."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def address(text: str, option: str) -> tuple[str, int]:
+    """HOST:PORT.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{option} ({text}) must be HOST:PORT, such as 127.0.0.1:8100")
+    return host, int(port)
+
+
+def worker_key() -> bytes:
+    """What a router and its workers know.
+
+    Raises:
+      ConfigError: it is not in the environment.
+    """
+    key = os.environ.get(WORKER_KEY_VARIABLE, "")
+    if not key:
+        raise ConfigError(f"{WORKER_KEY_VARIABLE} is not set: give the server and its workers the same secret by it")
+    return key.encode()
 
 
 def engine_sizes(options: EngineOptions, on_mesh: ModelOnMesh) -> Sizes:

@@ -48,7 +48,7 @@ class ServingReport:
     tokens: int
     """Of each device in one run, drafts included; 0 for a move."""
     expert_layers: int
-    """The prediction modules' included."""
+    """In which tokens travel: the prediction modules' too, but in a chunk not the last's, whose output nobody wants."""
     argument_bytes: int
     """Weights and cache."""
     temporary_bytes: int
@@ -83,8 +83,9 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
                + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     tokens = {"step": sizes.rows * (1 + model.num_nextn_predict_layers), "chunk": chunk, "move": 0}[program]
-    return ServingReport(str(pod), program, model.n_routed_experts + deployment.redundant, tokens,
-                         expert_layers(model), memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, hbm,
+    layers = expert_layers(model) - int(program == "chunk" and model.num_nextn_predict_layers > 0)
+    return ServingReport(str(pod), program, model.n_routed_experts + deployment.redundant, tokens, layers,
+                         memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, hbm,
                          peak <= hbm, seconds, _sent(compiled.as_text(), layout_of(pod, mesh)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 from dsv3_jax.inference.engine import Engine, Totals
@@ -50,7 +49,9 @@ class Disaggregated:
         self.engines.pop(name).stop()
 
     def submit(self, request: Request, listener: Listener | None = None) -> Ticket:
-        """See `Router.submit`."""
+        """See `Router.submit`; raises `ConfigError` for a request that no engine can serve."""
+        for engine in list(self.engines.values())[:1]:
+            request.check(engine.on_mesh.model.vocab_size)
         return self.router.submit(request, listener)
 
     def start(self) -> None:
@@ -87,11 +88,7 @@ class Disaggregated:
     @property
     def totals(self) -> Totals:
         """Of all engines; requests are the router's."""
-        all_totals = [engine.totals for engine in self.engines.values()]
-        whole = Totals(accepted=[sum(each) for each in zip(*(t.accepted for t in all_totals), strict=True)])
-        for field in dataclasses.fields(Totals):
-            if field.name != "accepted":
-                setattr(whole, field.name, sum(getattr(totals, field.name) for totals in all_totals))
+        whole = Totals.of_several(engine.totals for engine in self.engines.values())
         whole.requests, whole.refused = self.router.totals.requests, self.router.totals.refused
         return whole
 

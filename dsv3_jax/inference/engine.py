@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +69,17 @@ class Totals:
     def acceptance(self) -> list[float]:
         """Share of steps in which the first, the second, ... draft was kept."""
         return [kept / self.row_steps if self.row_steps else 0.0 for kept in self.accepted]
+
+    @classmethod
+    def of_several(cls, parts: Iterable[Totals]) -> Totals:
+        """Sums over engines."""
+        parts = list(parts)
+        accepted = itertools.zip_longest(*(part.accepted for part in parts), fillvalue=0)
+        whole = cls(accepted=[sum(each) for each in accepted])
+        for field in dataclasses.fields(cls):
+            if field.name != "accepted":
+                setattr(whole, field.name, sum(getattr(part, field.name) for part in parts))
+        return whole
 
 
 class Engine:
@@ -149,7 +161,7 @@ class Engine:
         Raises:
           ConfigError: a request that no engine can serve.
         """
-        self._check(request)
+        request.check(self.on_mesh.model.vocab_size)
         return Ticket(request, listener, self._wake)
 
     def put(self, ticket: Ticket) -> None:
@@ -372,15 +384,6 @@ class Engine:
     def _fail_if_failed(self) -> None:
         if self.error is not None:
             raise RuntimeError(f"the engine has failed: {self.error}") from self.error
-
-    def _check(self, request: Request) -> None:
-        if len(request.prompt) == 0 or request.max_new_tokens < 1:
-            raise ConfigError(f"nothing to do: a prompt of {len(request.prompt)} tokens and max_new_tokens "
-                              f"({request.max_new_tokens}) must both be at least 1")
-        low, high = int(np.min(request.prompt)), int(np.max(request.prompt))
-        if low < 0 or high >= self.on_mesh.model.vocab_size:
-            raise ConfigError(f"the prompt has token {high if low >= 0 else low} outside model.vocab_size "
-                              f"({self.on_mesh.model.vocab_size}): use the tokenizer the model was trained with")
 
     def _read(self, reads: list[list[Row]]) -> None:
         """A chunk of the first rows of each device."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.sampling import Sampling
 
 _NUMBERS = itertools.count()
@@ -44,6 +45,16 @@ class Request:
     """Tokens that end it; the one that did is the last of the answer."""
     user: str = ""
     """Users have turns: one with many requests does not keep another waiting."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raises `ConfigError` for what no engine of a model with that vocabulary can do."""
+        if len(self.prompt) == 0 or self.max_new_tokens < 1:
+            raise ConfigError(f"nothing to do: a prompt of {len(self.prompt)} tokens and max_new_tokens "
+                              f"({self.max_new_tokens}) must both be at least 1")
+        low, high = int(np.min(self.prompt)), int(np.max(self.prompt))
+        if low < 0 or high >= vocab_size:
+            raise ConfigError(f"the prompt has token {high if low >= 0 else low} outside model.vocab_size "
+                              f"({vocab_size}): use the tokenizer the model was trained with")
 
 
 Listener = Callable[[Sequence[int], Finish | None], None]

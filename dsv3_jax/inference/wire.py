@@ -1,17 +1,19 @@
 """Messages between the processes of a router and its workers, over TCP.
 
-Workers connect to the router and say who they are; decode workers also listen, and prefill workers connect to them to
-push pages, at the address that the router tells with each request. Both ends prove that they know the key
-(`multiprocessing.connection`); messages are JSON and arrays, and nothing that arrives is executed. A connection that
-ends, or is silent for too long, is a lost worker.
+Workers connect to the router and say who they are, and from time to time how they are; decode workers also listen, and
+prefill workers connect to them to push pages, at the address that the router tells with each request. Both ends prove
+that they know the key (`multiprocessing.connection`); messages are JSON and arrays, and nothing that arrives is
+executed. A connection that ends, or is silent for too long, is a lost worker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
@@ -22,15 +24,40 @@ from multiprocessing.connection import (
     deliver_challenge,
     wait,
 )
+from typing import Any, NamedTuple
 
+from dsv3_jax.inference.engine import Engine, Totals
 from dsv3_jax.inference.handover import Handover, handover_from, handover_message, pack, unpack
+from dsv3_jax.inference.request import Listener as TicketListener
+from dsv3_jax.inference.request import Request, Ticket
 from dsv3_jax.inference.router import Router
 from dsv3_jax.inference.workers import ROUTER, Header, Send, Worker
 
 Address = tuple[str, int]
 SILENCE_S = 10.0
 """A worker that says nothing for so long is lost. Each says something every third of it."""
-_PING = {"kind": "ping"}
+
+
+class WorkerStatus(NamedTuple):
+    """How a worker is, as it last said."""
+
+    room: int
+    """Most tokens of a request."""
+    vocab_size: int
+    free_pages: int
+    totals: Totals
+
+    @classmethod
+    def of(cls, engine: Engine) -> WorkerStatus:
+        """Now."""
+        return cls(engine.room, engine.on_mesh.model.vocab_size, engine.free_pages, engine.totals)
+
+    def as_json(self) -> Header:
+        return {**self._asdict(), "totals": dataclasses.asdict(self.totals)}
+
+    @classmethod
+    def from_json(cls, given: Header) -> WorkerStatus:
+        return cls(**{**given, "totals": Totals(**given["totals"])})
 
 
 class _Line:
@@ -39,13 +66,14 @@ class _Line:
     Args:
       on_message: (line, header, handover).
       on_end: called once, when the connection ends or is silent for SILENCE_S.
+      ping: what is said every third of SILENCE_S.
     """
 
     def __init__(self, connection: Connection, on_message: Callable[[_Line, Header, Handover | None], None],
-                 on_end: Callable[[_Line], None]):
-        self._connection, self._on_message, self._on_end = connection, on_message, on_end
+                 on_end: Callable[[_Line], None], ping: Callable[[], Header] = lambda: {"kind": "ping"}):
+        self._connection, self._on_message, self._on_end, self._ping = connection, on_message, on_end, ping
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
-        self.name = ""
+        self.name, self._pinged_s = "", time.monotonic()
         for run in (self._write, self._read):
             threading.Thread(target=run, name="wire", daemon=True).start()
 
@@ -66,18 +94,19 @@ class _Line:
                 same.shutdown(socket.SHUT_RDWR)
 
     def _next(self) -> bytes | None:
-        try:
-            return self._outbox.get(timeout=SILENCE_S / 3)
-        except queue.Empty:
-            return pack(_PING)
+        left_s = self._pinged_s + SILENCE_S / 3 - time.monotonic()
+        with contextlib.suppress(queue.Empty):
+            if left_s > 0:
+                return self._outbox.get(timeout=left_s)
+        self._pinged_s = time.monotonic()
+        return pack(self._ping())
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, EOFError):  # the other side is gone
             while wait([self._connection], SILENCE_S):
                 header, arrays = unpack(self._connection.recv_bytes())
-                if header["kind"] != "ping":
-                    handover = handover_from(header, arrays) if header["kind"] == "take" else None
-                    self._on_message(self, header, handover)
+                handover = handover_from(header, arrays) if header["kind"] == "take" else None
+                self._on_message(self, header, handover)
         self.close()
         self._on_end(self)
         self._connection.close()
@@ -102,7 +131,7 @@ def _accept(listener: Listener, key: bytes, take: Callable[[Connection], object]
 
 
 class RouterServer:
-    """A router whose workers are other processes.
+    """A router whose workers are other processes; used like an engine.
 
     Args:
       address: where workers connect; port 0 takes a free one.
@@ -114,9 +143,17 @@ class RouterServer:
         self.router = Router(self._send, waiting)
         self._lines: dict[str, _Line] = {}
         self._addresses: dict[str, Address] = {}
+        self._statuses: dict[str, WorkerStatus] = {}
+        self._gone: list[Totals] = []
         self._listener = Listener(address)
         self.address: Address = self._listener.address
         _accept(self._listener, key, lambda connection: _Line(connection, self._message, self._end))
+
+    def submit(self, request: Request, listener: TicketListener | None = None) -> Ticket:
+        """See `Router.submit`; raises `ConfigError` for a request that no worker can serve."""
+        for status in list(self._statuses.values())[:1]:
+            request.check(status.vocab_size)
+        return self.router.submit(request, listener)
 
     def close(self) -> None:
         """Takes no more workers and leaves those there are."""
@@ -129,6 +166,41 @@ class RouterServer:
         """Names of those there are."""
         return sorted(self._lines)
 
+    @property
+    def error(self) -> BaseException | None:
+        """That requests wait because nobody is there to read or to decode them; None otherwise."""
+        decoding = set(self._addresses)
+        if decoding and set(self._lines) - decoding:
+            return None
+        return RuntimeError(f"no {'prefill' if decoding else 'decode'} worker is connected")
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a request that all workers have room for; 0 without any."""
+        return min((status.room for status in list(self._statuses.values())), default=0)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no decode worker has yet."""
+        return self.router.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests that decode."""
+        return self.router.running
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no request holds, of all workers, as they last said."""
+        return sum(status.free_pages for status in list(self._statuses.values()))
+
+    @property
+    def totals(self) -> Totals:
+        """Of all workers, lost ones too, as they last said; requests are the router's."""
+        whole = Totals.of_several([*self._gone, *(status.totals for status in list(self._statuses.values()))])
+        whole.requests, whole.refused = self.router.totals.requests, self.router.totals.refused
+        return whole
+
     def _send(self, to: str, header: Header, handover: Handover | None) -> None:
         line = self._lines.get(to)
         if line is not None:
@@ -136,19 +208,24 @@ class RouterServer:
             line.send(header if address is None else {**header, "address": list(address)}, handover)
 
     def _message(self, line: _Line, header: Header, handover: Handover | None) -> None:
+        if header.get("status") is not None:
+            self._statuses[header["name"]] = WorkerStatus.from_json(header["status"])
         if header["kind"] == "hello":
             line.name = header["name"]
             self._lines[line.name] = line
             if header["address"] is not None:
                 self._addresses[line.name] = tuple(header["address"])
             self.router.joined(line.name, prefill=header["address"] is None)
-        else:
+        elif header["kind"] != "ping":
             self.router.handle(header, handover)
 
     def _end(self, line: _Line) -> None:
         if self._lines.get(line.name) is line:
             del self._lines[line.name]
             self._addresses.pop(line.name, None)
+            status = self._statuses.pop(line.name, None)
+            if status is not None:
+                self._gone.append(status.totals)
             self.router.lost(line.name)
 
 
@@ -159,10 +236,11 @@ class WorkerClient:
       router: where the router listens.
       make_worker: makes the worker, given how it sends.
       listen: a decode worker's own address, where prefill workers push; None for a prefill worker.
+      status: how the worker is.
     """
 
     def __init__(self, router: Address, key: bytes, make_worker: Callable[[Send], Worker],
-                 listen: Address | None = None):
+                 listen: Address | None = None, status: Callable[[], WorkerStatus | None] = lambda: None):
         self._key = key
         self._peers: dict[str, _Line] = {}
         self._addresses: dict[str, Address] = {}
@@ -174,9 +252,14 @@ class WorkerClient:
             listener = Listener(listen)
             address = listener.address
             _accept(listener, key, lambda connection: _Line(connection, self._message, self._end))
-        self._router = _Line(Client(router, authkey=key), self._message, lambda line: self.gone.set())
+
+        def say(kind: str, **more: Any) -> Header:
+            now = status()
+            return {"kind": kind, "name": self.worker.name, "status": None if now is None else now.as_json(), **more}
+        self._router = _Line(Client(router, authkey=key), self._message, lambda line: self.gone.set(),
+                             lambda: say("ping"))
         self._router.name = ROUTER
-        self._router.send({"kind": "hello", "name": self.worker.name, "address": address})
+        self._router.send(say("hello", address=address))
 
     def _send(self, to: str, header: Header, handover: Handover | None) -> None:
         if to == ROUTER:
@@ -198,6 +281,8 @@ class WorkerClient:
             return line
 
     def _message(self, line: _Line, header: Header, handover: Handover | None) -> None:
+        if header["kind"] == "ping":
+            return
         if header["kind"] == "hello":
             line.name = header["name"]
             with self._lock:

@@ -27,7 +27,8 @@ def test_named_deployments(monkeypatch, capfd):
     told, _ = run(monkeypatch, capfd, "--layers", "2")
     rows = {row["deployment"]: row for row in told["deployments"]}
     assert {name: (row["slots"], row["devices"], row["nodes"], row["groups"]) for name, row in rows.items()} == {
-        "prefill": (288, 32, 4, 8), "decode144": (288, 144, 18, 1), "decode320": (320, 320, 40, 1)}
+        "prefill": (288, 32, 4, 8), "decode144": (288, 144, 18, 1), "decode320": (320, 320, 40, 1),
+        "decode72": (288, 72, 1, 1)}
     for row in rows.values():
         for which in ("mean", "worst"):
             assert row["before"][which] > row["greedy"][which] >= row["placed"][which] >= row["bound"][which] - 1e-9

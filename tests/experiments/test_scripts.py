@@ -140,6 +140,46 @@ def test_serve_answers_the_public_client_until_it_is_stopped(finished, tmp_path)
 
 
 @pytest.mark.slow
+def test_serve_with_workers_in_processes_of_their_own(finished, monkeypatch):
+    """The answer is generate.py's; a worker that is stopped is missed, another takes its place, all end with the
+    server."""
+    run_dir = finished[0]
+    made = json.loads(_run("generate.py", run_dir, "--tokens", 12, "--temperature", 0, "--prompt", "12 times",
+                           "--json")[0])
+    assert "SERVE_WORKER_KEY is not set" in _run("serve.py", run_dir, "--workers", "127.0.0.1:0", status=2)[1]
+    monkeypatch.setenv("SERVE_WORKER_KEY", "secret")
+    assert "must be HOST:PORT" in _run("serve_worker.py", "prefill", run_dir, "--router", "8100", status=2)[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        router = f"127.0.0.1:{free.getsockname()[1]}"
+    engine = ["--engine.rows", 2, "--engine.page-size", 8]
+    server = _start("serve.py", run_dir, "--port", 0, "--workers", router)
+    time.sleep(5)  # workers do not wait for a server
+    workers = {kind: _start("serve_worker.py", kind, run_dir, "--router", router, *engine)
+               for kind in ("prefill", "decode")}
+    try:
+        ready = server.stdout.readline()
+        assert ready.startswith("ready http://127.0.0.1:"), ready + server.communicate(timeout=60)[1][-3000:]
+        client = openai.OpenAI(base_url=ready.split()[1], api_key="none", max_retries=0, timeout=100)
+
+        def answer() -> str:
+            return client.completions.create(model=run_dir.name, prompt="12 times", max_tokens=12,
+                                             temperature=0).choices[0].text
+        assert answer() == made["text"]
+        with pytest.raises(openai.BadRequestError, match="outside model"):
+            client.completions.create(model=run_dir.name, prompt=[10 ** 6], max_tokens=2)
+        workers["decode"].send_signal(signal.SIGTERM)
+        assert workers["decode"].wait(60) == 0
+        workers["another"] = _start("serve_worker.py", "decode", run_dir, "--router", router, *engine)
+        assert answer() == made["text"]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        told = {name: process.communicate(timeout=60) for name, process in {"server": server, **workers}.items()}
+    assert [process.returncode for process in (server, *workers.values())] == [0] * 4, told
+    assert "Traceback" not in "".join(err for _, err in told.values())
+
+
+@pytest.mark.slow
 def test_caches_are_compared_in_bytes_and_in_bits_per_byte(finished, tmp_path):
     """What is read through a float32 cache is what training evaluated, but for the order of float32 sums."""
     run_dir, summary = finished

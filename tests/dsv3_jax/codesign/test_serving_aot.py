@@ -30,7 +30,7 @@ def test_a_move_sends_each_devices_part_of_a_layer_twice():
     assert report.collectives[0].slow_bytes == 2 * part * 2 / 4
 
 
-@pytest.mark.parametrize("program", ["step", "chunk"])
+@pytest.mark.parametrize("program", ["step", pytest.param("chunk", marks=pytest.mark.slow)])
 def test_tokens_travel_and_weights_do_not(program):
     report = compile_serving(MODEL, parse_pod("h800:2x2"), FOUR, program, SIZES, chunk=16, precision="bf16")
     sent = {(sent.kind, sent.axes): sent for sent in report.collectives}

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import wire
+from dsv3_jax.inference.engine import Totals
 from dsv3_jax.inference.handover import Handover, pack, unpack
 from dsv3_jax.inference.request import Finish, Request
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.scheduler import Sizes
-from dsv3_jax.inference.wire import RouterServer, WorkerClient
+from dsv3_jax.inference.wire import RouterServer, WorkerClient, WorkerStatus
 from tests.dsv3_jax.inference.test_engine import answer_alone, requests
 
 SIZES = Sizes(rows=8, pages=96, page_size=4, context=48)
@@ -68,6 +70,30 @@ def test_pages_go_from_worker_to_worker_and_a_lost_one_is_noticed():
     assert server.router.waiting == 1, "what it worked on waits for another"
     server.close()
     assert prefill.gone.wait(5)
+
+
+def test_the_router_tells_how_its_workers_are(monkeypatch):
+    """As an engine would, from what they say now and then; what a lost one has done still counts."""
+    monkeypatch.setattr(wire, "SILENCE_S", 0.3)
+    server = RouterServer((HOST, 0), KEY)
+    assert "no decode worker" in str(server.error)
+    counts = {"p": Totals(read_tokens=5), "d": Totals(new_tokens=7, accepted=[3])}
+    clients = {name: WorkerClient(server.address, KEY, lambda send, name=name: Fake(name, send),
+                                  (HOST, 0) if name == "d" else None,
+                                  lambda name=name: WorkerStatus(40 if name == "d" else 50, 100, 8, counts[name]))
+               for name in counts}
+    until(lambda: server.error is None)
+    assert (server.room, server.free_pages) == (40, 16)
+    with pytest.raises(ConfigError, match=r"token 100 outside model.vocab_size \(100\)"):
+        server.submit(Request(np.array([100], np.int32), 2))
+    counts["d"].new_tokens = 9
+    until(lambda: server.totals == Totals(read_tokens=5, new_tokens=9, accepted=[3]))
+    clients["d"]._router.close()
+    until(lambda: server.error is not None)
+    assert "no decode worker" in str(server.error)
+    assert server.totals.new_tokens == 9
+    assert (server.room, server.free_pages) == (50, 8)
+    server.close()
 
 
 def test_who_does_not_know_the_key_is_not_heard():
