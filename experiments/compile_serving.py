@@ -18,6 +18,7 @@ be decoded if nothing but the network took time, as in the paper.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from dsv3_jax.codesign.fitting import GIB
 from dsv3_jax.codesign.pods import parse_pod
 from dsv3_jax.codesign.serving_aot import Program, compile_serving
 from dsv3_jax.codesign.serving_network import as_compiled, limit, of_paper, of_rows
-from dsv3_jax.config import ConfigError, ModelConfig, Precision, named
+from dsv3_jax.config import ConfigError, ModelConfig, Precision, Transport, named
 from dsv3_jax.inference.scheduler import Sizes
 from dsv3_jax.presets import DEPLOYMENTS, MODELS, ServingDeployment
 from experiments.command_line import finish, provenance, standard_output_for_json, write_report
@@ -53,6 +54,8 @@ class Arguments:
     chunk: int = 1024
     """Tokens of prompts that each device reads at a time."""
     precision: Precision = "fp8"
+    transport: tuple[Transport, ...] = ("padded", "ragged")
+    """How rows travel: whole buffers, or the rows in them."""
     acceptance: float = 0.85
     """Of a draft (80 to 90%: paper 1, section 2.3.3)."""
     out: Path | None = None
@@ -91,8 +94,11 @@ def compiled(arguments: Arguments, model: ModelConfig, name: str, deployment: Se
         drafting: list[tuple[Program, ModelConfig]] = [("step", model)] if model != plain else []
         programs = [("step", plain), *drafting, ("move", model)]
     results = []
-    for program, taken in programs:
-        result = {"deployment": name, **measured(arguments, taken, deployment, program)}
+    for (program, taken), transport in itertools.product(programs, arguments.transport):
+        if program == "move" and transport != arguments.transport[0]:
+            continue  # no tokens travel
+        result = {"deployment": name, "transport": transport,
+                  **measured(arguments, taken, deployment, program, transport)}
         print(" ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                        for key, value in result.items() if isinstance(value, str | int | float)),
               file=sys.stderr, flush=True)
@@ -101,21 +107,21 @@ def compiled(arguments: Arguments, model: ModelConfig, name: str, deployment: Se
 
 
 def measured(arguments: Arguments, model: ModelConfig, deployment: ServingDeployment,
-             program: Program) -> dict[str, Any]:
+             program: Program, transport: Transport) -> dict[str, Any]:
     """One program's report, and what follows from it."""
     drafts = model.num_nextn_predict_layers
     rows = arguments.rows // (1 + drafts) if program == "step" else arguments.rows
     sizes = Sizes(rows, -(-arguments.context // arguments.page_size) * rows, arguments.page_size, arguments.context)
     pod = parse_pod(arguments.pod or deployment.pod)
     report = compile_serving(model, pod, deployment, program, sizes, chunk=arguments.chunk,
-                             precision=arguments.precision)
+                             precision=arguments.precision, transport=transport)
     told: dict[str, Any] = {**dataclasses.asdict(report), "rows": rows, "drafts": drafts,
                             "collectives": [sent._asdict() for sent in report.collectives]}
     if program == "move":
         return told
     tokens_per_pass = sum(arguments.acceptance ** accepted for accepted in range(drafts + 1))
-    for key, sent in (("compiled", as_compiled(report)),
-                      ("rows_alone", of_rows(model, deployment, arguments.precision))):
+    rows_alone = of_rows(model, deployment, arguments.precision)
+    for key, sent in (("compiled", as_compiled(report, rows_alone)), ("rows_alone", rows_alone)):
         told[key] = {"bytes_per_token_and_layer": sent._asdict(),
                      "limit": limit(sent, report, pod.hardware, tokens_per_pass)._asdict()}
     return told
@@ -128,22 +134,23 @@ def as_markdown(told: dict[str, Any]) -> str:
              f"{told['date']}. A step of {told['rows']} tokens a device at a context of {told['context']:,}; a chunk "
              f"of {told['chunk']:,}. Memory of one device; `move` is that of one layer's experts to another placement.",
              "",
-             "| deployment | pod | program | rows, drafts | GiB | of | GB sent, of these between nodes | compiled in |",
-             "|---|---|---|---|---:|---:|---:|---:|"]
+             "| deployment | pod | program | rows, drafts | transport | GiB | of | GB of buffers sent, between nodes | "
+             "compiled in |", "|---|---|---|---|---|---:|---:|---:|---:|"]
     for row in told["results"]:
         sent, slow = (sum(each[key] for each in row["collectives"]) / 1e9 for key in ("bytes", "slow_bytes"))
-        lines.append(f"| {row['deployment']} | {row['pod']} | {row['program']} | {_rows(row)} | "
+        transport = "" if row["program"] == "move" else row["transport"]
+        lines.append(f"| {row['deployment']} | {row['pod']} | {row['program']} | {_rows(row)} | {transport} | "
                      f"{row['peak_bytes'] / GIB:.1f} | {row['hbm_bytes'] / GIB:.1f} | {sent:.3f}, {slow:.3f} | "
                      f"{row['compile_seconds']:.0f} s |")
     lines += ["", "To experts and back, bytes of one token in one layer over the network between nodes and the one "
               "inside, and the time of a pass at nominal bandwidths if nothing else took any. Paper 1's formula "
               f"(section 2.3.2) has {told['paper_bytes_per_token_and_layer']:,.0f} bytes, all over one network. With "
-              f"drafts, tokens/s are at {told['acceptance']:.0%} accepted.", "",
+              f"drafts, tokens/s are at {told['acceptance']:.0%} accepted. Padded buffers are sent whole.", "",
               "| deployment | program | rows, drafts | | KB between | KB inside | ms between | ms inside | tokens/s |",
               "|---|---|---|---|---:|---:|---:|---:|---:|"]
     for row in told["results"]:
-        for key, name in (("compiled", "as compiled"), ("rows_alone", "rows alone")):
-            if key in row:
+        for key, name in (("compiled", row["transport"]), ("rows_alone", "rows alone")):
+            if key in row and (key == "compiled" or row["transport"] == told["results"][0]["transport"]):
                 sent, least = row[key]["bytes_per_token_and_layer"], row[key]["limit"]
                 rate = f"{least['tokens_per_second']:,.1f}" if row["program"] == "step" else ""
                 lines.append(f"| {row['deployment']} | {row['program']} | {_rows(row)} | {name} | "

@@ -142,7 +142,8 @@ def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Genera
     tokenizer = tokenizer_in(options.folder)
     loaded = load_for_inference(options)
     generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
-                          speculative=options.speculative, spread=options.mesh.zero == "full")
+                          speculative=options.speculative, spread=options.mesh.zero == "full",
+                          transport=options.mesh.transport, combine=options.mesh.combine)
     return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)
 
 
@@ -158,7 +159,8 @@ def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targe
         raise ConfigError(f"an engine runs in one process, and this is one of {jax.process_count()}: start it on one "
                           "host, with --mesh.* for the devices there")
     on_mesh = ModelOnMesh(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
-                          speculative=options.speculative, spread=options.mesh.zero == "full")
+                          speculative=options.speculative, spread=options.mesh.zero == "full",
+                          transport=options.mesh.transport, combine=options.mesh.combine)
     weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
     source = loaded.source
     del loaded  # what the weights were made from leaves its room to pages

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dsv3_jax.codesign.collectives import Layout, collectives
 from dsv3_jax.codesign.hlo import Walk, parse
 from dsv3_jax.codesign.pods import Pod, layout_of, pod_mesh
-from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, Precision
+from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, Precision, Transport
 from dsv3_jax.expert_parallel.replicas import Placement
 from dsv3_jax.inference.expert_slots import LayerMover, deployment_on, expert_layers
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
@@ -61,7 +61,8 @@ class ServingReport:
 
 
 def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment, program: Program, sizes: Sizes, *,
-                    chunk: int = 1024, precision: Precision = "fp8") -> ServingReport:
+                    chunk: int = 1024, precision: Precision = "fp8",
+                    transport: Transport = "padded") -> ServingReport:
     """Compiles one program, drafts included if the model has prediction modules.
 
     Args:
@@ -77,7 +78,7 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
                           f"{deployment.devices // deployment.nodes}")
     mesh = pod_mesh(pod, MeshConfig(data=1, scale_out=pod.domains, scale_up=pod.devices_per_domain))
     began = time.perf_counter()
-    compiled = _compiled(model, mesh, deployment, program, sizes, chunk, precision)
+    compiled = _compiled(model, mesh, deployment, program, sizes, chunk, precision, transport)
     seconds = time.perf_counter() - began
     memory, hbm = compiled.memory_analysis(), pod.hardware.hbm_bytes
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -90,10 +91,10 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
 
 
 def _compiled(model: ModelConfig, mesh: Mesh, deployment: ServingDeployment, program: Program, sizes: Sizes,
-              chunk: int, precision: Precision) -> Any:
+              chunk: int, precision: Precision, transport: Transport) -> Any:
     placement = Placement.in_order(expert_layers(model), deployment_on(model, mesh, deployment.redundant,
                                                                        deployment.by_group))
-    on_mesh = ModelOnMesh(model, mesh, precision=precision, placement=placement,
+    on_mesh = ModelOnMesh(model, mesh, precision=precision, placement=placement, transport=transport,
                           speculative=model.num_nextn_predict_layers > 0)
     if program == "move":
         return LayerMover(model, mesh, on_mesh.shapes()).compiled[True]

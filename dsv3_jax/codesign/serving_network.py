@@ -45,12 +45,15 @@ class Limit(NamedTuple):
     """Of one sequence, accepted drafts included, where one network's time hides the other's."""
 
 
-def as_compiled(report: ServingReport) -> PerToken:
-    """What the program's exchanges send, empty room included."""
-    sent = [sent for sent in report.collectives if sent.kind.endswith("all-to-all")]
+def as_compiled(report: ServingReport, rows: PerToken) -> PerToken:
+    """What the program's exchanges send: padded ones their empty room too, ragged ones `rows`, of `of_rows`."""
+    padded = [sent for sent in report.collectives if sent.kind == "all-to-all"]
+    ragged = [sent for sent in report.collectives if sent.kind == "ragged-all-to-all"]
     over = report.tokens * report.expert_layers
-    slow = sum(each.slow_bytes for each in sent)
-    return PerToken(slow / over, (sum(each.bytes for each in sent) - slow) / over)
+    slow = sum(each.slow_bytes for each in padded) / over
+    fast = sum(each.bytes for each in padded) / over - slow
+    return PerToken(slow + rows.slow * any(each.slow_bytes for each in ragged),
+                    fast + rows.fast * any(each.bytes > each.slow_bytes for each in ragged))
 
 
 def of_rows(model: ModelConfig, deployment: ServingDeployment, precision: Precision, seed: int = 0) -> PerToken:

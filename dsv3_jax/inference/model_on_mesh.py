@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ConfigError, Execution, ModelConfig, Precision
+from dsv3_jax.config import Combine, ConfigError, Execution, ModelConfig, Precision, Transport
 from dsv3_jax.expert_parallel.replicas import Deployment, Placement
 from dsv3_jax.inference.cache import CacheFormat
 from dsv3_jax.inference.expert_slots import check_placement, expert_layers, in_slots, with_tables
@@ -39,6 +39,7 @@ class ModelOnMesh:
       spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
       placement: where experts and their replicas are at first, such as `Placement.in_order(expert_layers(model),
         deployment_on(model, mesh, redundant))`; None: each is once, in order, and nobody counts its tokens.
+      transport, combine: `MeshConfig`'s.
 
     Attributes:
       structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
@@ -50,7 +51,7 @@ class ModelOnMesh:
 
     def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
                  cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False,
-                 placement: Placement | None = None):
+                 placement: Placement | None = None, transport: Transport = "padded", combine: Combine = "plain"):
         if speculative and not model.num_nextn_predict_layers:
             raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
                               "none: decode without it")
@@ -63,7 +64,8 @@ class ModelOnMesh:
         # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective. With
         # many devices that room would be sent empty: at EP144, 20 GB a step for 64 rows a device.
         worst = float(self.mesh.size)
-        self.execution = Execution(capacity_factor=worst if worst <= WORST_CASE_UP_TO else ROOM_BEYOND)
+        self.execution = Execution(capacity_factor=worst if worst <= WORST_CASE_UP_TO else ROOM_BEYOND,
+                                   transport=transport, combine=combine)
         # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
         self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
         self.structure = _structure(model, precision, self._layers_apart, placement and placement.deployment)

@@ -31,7 +31,8 @@ def test_programs_and_what_they_send(monkeypatch, capfd, tmp_path):
     small = ServingDeployment(devices=4, nodes=2, redundant=8, by_group=False)
     monkeypatch.setitem(DEPLOYMENTS, "prefill", small)
     monkeypatch.setitem(DEPLOYMENTS, "decode144", small)
-    told, _ = run(monkeypatch, capfd, "--deployment", "prefill", "decode144", "--out", str(tmp_path / "report"))
+    told, _ = run(monkeypatch, capfd, "--deployment", "prefill", "decode144", "--transport", "padded", "--out",
+                  str(tmp_path / "report"))
     rows = told["results"]
     assert [(row["deployment"], row["program"], row["rows"], row["drafts"]) for row in rows] == [
         ("prefill", "chunk", 4, 1), ("prefill", "move", 4, 1), ("decode144", "step", 4, 0), ("decode144", "step", 2, 1),
