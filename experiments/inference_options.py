@@ -16,8 +16,10 @@ import tyro
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig, Precision, check_expert_layout
+from dsv3_jax.expert_parallel.replicas import Placement
 from dsv3_jax.inference.cache import CacheFormat, bytes_per_token
 from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.expert_slots import deployment_on, expert_layers
 from dsv3_jax.inference.generate import Generator
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.pace import Targets
@@ -103,6 +105,13 @@ class EngineOptions:
     """Most requests that wait for a row; further ones are refused."""
     reuse: bool = True
     """Let requests that begin alike share pages."""
+    redundant: int | None = None
+    """Slots for replicas of experts, beyond the model's own (the sum must divide by the devices that share experts);
+    0 counts what each device gets, without replicas."""
+    by_group: bool = False
+    """Keep an expert's replicas on its router group's node, so that the node limit holds for them too."""
+    rebalance_every_s: float | None = None
+    """Place replicas anew so often, by the load since the last time, while serving goes on."""
 
 
 def load_for_inference(options: FolderOptions) -> Loaded:
@@ -158,13 +167,21 @@ def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targe
     if jax.process_count() > 1:
         raise ConfigError(f"an engine runs in one process, and this is one of {jax.process_count()}: start it on one "
                           "host, with --mesh.* for the devices there")
+    placement = None
+    if engine.redundant is not None:
+        placement = Placement.in_order(expert_layers(loaded.model), deployment_on(
+            loaded.model, loaded.mesh, engine.redundant, engine.by_group))
+    elif engine.rebalance_every_s is not None:
+        raise ConfigError(f"--engine.rebalance-every-s ({engine.rebalance_every_s:g}) wants --engine.redundant: the "
+                          "slots that replicas may take, or 0")
     on_mesh = ModelOnMesh(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
-                          speculative=options.speculative, spread=options.mesh.zero == "full",
+                          speculative=options.speculative, spread=options.mesh.zero == "full", placement=placement,
                           transport=options.mesh.transport, combine=options.mesh.combine)
     weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
     source = loaded.source
     del loaded  # what the weights were made from leaves its room to pages
-    return source, Engine(on_mesh, weights, engine_sizes(engine, on_mesh), targets, **handing_over)
+    return source, Engine(on_mesh, weights, engine_sizes(engine, on_mesh), targets,
+                          rebalance_every_s=engine.rebalance_every_s, **handing_over)
 
 
 def log(line: str) -> None:

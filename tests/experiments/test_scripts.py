@@ -146,6 +146,7 @@ def test_serve_with_workers_in_processes_of_their_own(finished, monkeypatch):
     run_dir = finished[0]
     made = json.loads(_run("generate.py", run_dir, "--tokens", 12, "--temperature", 0, "--prompt", "12 times",
                            "--json")[0])
+    assert "wants --engine.redundant" in _run("serve.py", run_dir, "--engine.rebalance-every-s", 1, status=2)[1]
     assert "SERVE_WORKER_KEY is not set" in _run("serve.py", run_dir, "--workers", "127.0.0.1:0", status=2)[1]
     monkeypatch.setenv("SERVE_WORKER_KEY", "secret")
     assert "must be HOST:PORT" in _run("serve_worker.py", "prefill", run_dir, "--router", "8100", status=2)[1]
@@ -155,8 +156,10 @@ def test_serve_with_workers_in_processes_of_their_own(finished, monkeypatch):
     engine = ["--engine.rows", 2, "--engine.page-size", 8]
     server = _start("serve.py", run_dir, "--port", 0, "--workers", router)
     time.sleep(5)  # workers do not wait for a server
-    workers = {kind: _start("serve_worker.py", kind, run_dir, "--router", router, *engine)
-               for kind in ("prefill", "decode")}
+    replicas = ["--mesh.simulate-devices", 2, "--mesh.scale-up", 2, "--engine.redundant", 2,
+                "--engine.rebalance-every-s", 0.5]
+    workers = {kind: _start("serve_worker.py", kind, run_dir, "--router", router, *engine, *more)
+               for kind, more in (("prefill", []), ("decode", replicas))}
     try:
         ready = server.stdout.readline()
         assert ready.startswith("ready http://127.0.0.1:"), ready + server.communicate(timeout=60)[1][-3000:]

@@ -96,6 +96,8 @@ class _OfEngine(Collector):
                 ("steps", "Decoding steps", totals.steps),
                 ("row_steps", "Answers that took part in these, summed", totals.row_steps),
                 ("preemptions", "Times that an answer gave its pages up", totals.preemptions),
+                ("rebalances", "Times that experts' replicas were placed anew", totals.rebalances),
+                ("moved_bytes", "Of experts' weights that came to other devices by that", totals.moved_bytes),
                 ("refused", "Answers that found the line full", totals.refused)]:
             yield CounterMetricFamily(f"dsv3_engine_{name}", about, count)
         accepted = CounterMetricFamily("dsv3_engine_drafts_accepted", "Drafts kept, by how many tokens ahead they "
