@@ -152,7 +152,7 @@ def load_generator(options: GeneratorOptions) -> tuple[Loaded, Tokenizer, Genera
     loaded = load_for_inference(options)
     generator = Generator(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
                           speculative=options.speculative, spread=options.mesh.zero == "full",
-                          transport=options.mesh.transport, combine=options.mesh.combine)
+                          transport=options.mesh.transport, combine=options.mesh.combine, dual=options.mesh.dual)
     return loaded, tokenizer, generator, generator.prepare(loaded.params, loaded.router_bias)
 
 
@@ -176,7 +176,7 @@ def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targe
                           "slots that replicas may take, or 0")
     on_mesh = ModelOnMesh(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
                           speculative=options.speculative, spread=options.mesh.zero == "full", placement=placement,
-                          transport=options.mesh.transport, combine=options.mesh.combine)
+                          transport=options.mesh.transport, combine=options.mesh.combine, dual=options.mesh.dual)
     weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
     source = loaded.source
     del loaded  # what the weights were made from leaves its room to pages

@@ -36,6 +36,8 @@ class Sent(NamedTuple):
     bytes: float
     slow_bytes: float
     """Of these, what leaves the node."""
+    overlapped_bytes: float
+    """Of these, those with matrix products between start and done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +64,13 @@ class ServingReport:
 
 def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment, program: Program, sizes: Sizes, *,
                     chunk: int = 1024, precision: Precision = "fp8",
-                    transport: Transport = "padded") -> ServingReport:
+                    transport: Transport = "padded", dual: bool = False) -> ServingReport:
     """Compiles one program, drafts included if the model has prediction modules.
 
     Args:
       sizes: of the engine; a step has all its rows, at their full context.
-      chunk: tokens of each device.
+      chunk: tokens of each device; with `dual` of two prompts.
+      dual: halves of the rows beside each other (`inference.layers_in_halves`).
 
     Raises:
       ConfigError: the deployment has other devices than the pod.
@@ -78,7 +81,7 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
                           f"{deployment.devices // deployment.nodes}")
     mesh = pod_mesh(pod, MeshConfig(data=1, scale_out=pod.domains, scale_up=pod.devices_per_domain))
     began = time.perf_counter()
-    compiled = _compiled(model, mesh, deployment, program, sizes, chunk, precision, transport)
+    compiled = _compiled(model, mesh, deployment, program, sizes, chunk, precision, transport, dual)
     seconds = time.perf_counter() - began
     memory, hbm = compiled.memory_analysis(), pod.hardware.hbm_bytes
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -91,25 +94,26 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
 
 
 def _compiled(model: ModelConfig, mesh: Mesh, deployment: ServingDeployment, program: Program, sizes: Sizes,
-              chunk: int, precision: Precision, transport: Transport) -> Any:
+              chunk: int, precision: Precision, transport: Transport, dual: bool) -> Any:
     placement = Placement.in_order(expert_layers(model), deployment_on(model, mesh, deployment.redundant,
                                                                        deployment.by_group))
-    on_mesh = ModelOnMesh(model, mesh, precision=precision, placement=placement, transport=transport,
+    on_mesh = ModelOnMesh(model, mesh, precision=precision, placement=placement, transport=transport, dual=dual,
                           speculative=model.num_nextn_predict_layers > 0)
     if program == "move":
         return LayerMover(model, mesh, on_mesh.shapes()).compiled[True]
     programs = ServingPrograms(on_mesh, sizes.rows, sizes.pages, sizes.page_size)
     weights, state = programs.shapes()
     width = sizes.pages_per_row
+    lanes = 1 + dual
     lowered = (programs.lower_step(weights, state, sizes.rows, width) if program == "step"
-               else programs.lower_read(weights, state, chunk, width))
-    return lowered.compile()
+               else programs.lower_read(weights, state, chunk // lanes, width, lanes))
+    return lowered.compile(programs.options)
 
 
 def _sent(text: str, layout: Layout) -> list[Sent]:
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for found in collectives(Walk(parse(text), {"further_rounds": 0}), layout):
         total = totals[found.kind, "+".join(found.axes)]
-        for index, figure in enumerate((1, found.bytes, found.slow_bytes)):
+        for index, figure in enumerate((1, found.bytes, found.slow_bytes, found.bytes * found.overlapped)):
             total[index] += found.times * figure
     return sorted((Sent(*key, *total) for key, total in totals.items()), key=lambda sent: -sent.bytes)

@@ -8,6 +8,7 @@ and changes nothing. Run under the mesh as the training step is (`mesh.context` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from flax import nnx
 from dsv3_jax.config import Execution
 from dsv3_jax.inference.attend import attend
 from dsv3_jax.inference.cache import LatentCache
+from dsv3_jax.inference.layers_in_halves import have_halves, run_in_halves
+from dsv3_jax.inference.paged_storage import PagedStorage
 from dsv3_jax.inference.storage import Storage
 from dsv3_jax.mesh import constrain_batch, gather_for_compute
 from dsv3_jax.nn.block import SHORT_STACK, Block, gathered
@@ -151,7 +154,8 @@ def _run(model: DeepSeekV3, tokens_BQ: jax.Array, span: Span, cache: LatentCache
     hidden_BQD, storage = constrain_batch(gathered(model.embed_tokens)(tokens_BQ)), cache.storage
     dense, span = model.config.first_k_dense_replace, span.numbered(tokens_BQ)
     if dense:
-        hidden_BQD, storage, _ = _stack(model.dense_layers, hidden_BQD, span, storage, 0, execution)
+        alone = dataclasses.replace(execution, dual=False)  # they exchange nothing
+        hidden_BQD, storage, _ = _stack(model.dense_layers, hidden_BQD, span, storage, 0, alone)
     hidden_BQD, storage, sent_LHS = _stack(model.moe_layers, hidden_BQD, span, storage, dense, execution)
     normed = gathered(model.norm)(hidden_BQD)
     mtp_input = hidden_BQD if model.config.mtp_hidden == "pre_norm" else normed
@@ -171,6 +175,8 @@ def _stack(blocks: Block | nnx.List, hidden_BQD: jax.Array, span: Span, storage:
            execution: Execution) -> tuple[jax.Array, Storage, jax.Array | None]:
     """Layers in order; and what they sent to slots, [L, H, S], if they have any. The cache is carried, not scanned
     over, so that a step writes its entries and no more."""
+    if execution.dual and isinstance(storage, PagedStorage) and have_halves(len(hidden_BQD)):
+        return run_in_halves(functools.partial(_block, execution=execution), blocks, hidden_BQD, span, storage, first)
     if isinstance(blocks, nnx.List):
         sent = []
         for index, block in enumerate(blocks):

@@ -101,7 +101,7 @@ class Generator:
         """The state after the prompts, and int32 [B], the first new token of each row."""
         model = nnx.merge(self.structure, weights)
         cache = LatentCache.empty(self.model, tokens_BT.shape[0], capacity, self._on_mesh.cache, mtp=self.speculative)
-        out = prefill(model, tokens_BT, lengths_B, cache)
+        out = prefill(model, tokens_BT, lengths_B, cache, self._on_mesh.reading)
         last = (lengths_B - 1)[:, None]
         logits_BV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
         column_T = jnp.arange(tokens_BT.shape[1])
@@ -112,7 +112,7 @@ class Generator:
         token_B = draw(probabilities(logits_BV, seen_BV, rows), rows.seed, lengths_B, TARGET)
         cache, window = out.cache, None
         if self.speculative:
-            cache = prefill_ahead(model, out.mtp_input_BQD, tokens_BT, cache)
+            cache = prefill_ahead(model, out.mtp_input_BQD, tokens_BT, cache, self._on_mesh.reading)
             following_BT = jnp.where(column_T == last, token_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
             window = window_of(out.mtp_input_BQD, following_BT, window_size(self.model), lengths_B)
         return DecodeState(cache, token_B, with_token(seen_BV, token_B), window), token_B

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -39,11 +40,12 @@ class ModelOnMesh:
       spread: leave weights spread over devices and gather each layer's when it runs (`MeshConfig.zero` "full").
       placement: where experts and their replicas are at first, such as `Placement.in_order(expert_layers(model),
         deployment_on(model, mesh, redundant))`; None: each is once, in order, and nobody counts its tokens.
-      transport, combine: `MeshConfig`'s.
+      transport, combine, dual: `MeshConfig`'s.
 
     Attributes:
       structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
       execution: how decoding steps are computed.
+      reading: how prompts are.
 
     Raises:
       ConfigError: `speculative` for a model without prediction modules, or a placement of another model or mesh.
@@ -51,7 +53,8 @@ class ModelOnMesh:
 
     def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
                  cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False,
-                 placement: Placement | None = None, transport: Transport = "padded", combine: Combine = "plain"):
+                 placement: Placement | None = None, transport: Transport = "padded", combine: Combine = "plain",
+                 dual: bool = False):
         if speculative and not model.num_nextn_predict_layers:
             raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
                               "none: decode without it")
@@ -64,8 +67,9 @@ class ModelOnMesh:
         # A few tokens a device need little room even in the worst case, and to know the rounds costs a collective. With
         # many devices that room would be sent empty: at EP144, 20 GB a step for 64 rows a device.
         worst = float(self.mesh.size)
-        self.execution = Execution(capacity_factor=worst if worst <= WORST_CASE_UP_TO else ROOM_BEYOND,
-                                   transport=transport, combine=combine)
+        self.reading = Execution(transport=transport, combine=combine, dual=dual)
+        self.execution = dataclasses.replace(
+            self.reading, capacity_factor=worst if worst <= WORST_CASE_UP_TO else ROOM_BEYOND)
         # On CPU a loop over a stack of layers would copy them; see `forward.unstacked`.
         self._layers_apart = not spread and self.mesh.devices.flat[0].platform == "cpu"
         self.structure = _structure(model, precision, self._layers_apart, placement and placement.deployment)

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax.config import Execution
 from dsv3_jax.inference.cache import LatentCache, cached_layers, entry_format
 from dsv3_jax.inference.decode_state import DecodeState, advance
 from dsv3_jax.inference.forward import CachedOutput, Span, decode, predict_ahead
@@ -28,7 +29,7 @@ from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.paged_storage import PAGES, ROWS, PagedStorage
 from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
 from dsv3_jax.inference.speculative import Window, window_of, window_size, with_token
-from dsv3_jax.mesh import batch_shards, on_each_device
+from dsv3_jax.mesh import batch_shards, compiler_options, on_each_device
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import DeepSeekV3
 
@@ -99,11 +100,15 @@ class ServingPrograms:
     Args:
       rows: of each device.
       pages: of each device.
+
+    Attributes:
+      options: for the compiler.
     """
 
     def __init__(self, on_mesh: ModelOnMesh, rows: int, pages: int, page_size: int):
         self.on_mesh, self.devices = on_mesh, batch_shards(on_mesh.mesh)
         self.ahead = on_mesh.model.num_nextn_predict_layers if on_mesh.speculative else 0
+        self.options = compiler_options(on_mesh.mesh) if on_mesh.execution.dual else {}
         self._rows, self._pages, self._page_size = rows * self.devices, pages * self.devices, page_size
         everywhere, of_pages, of_rows = (NamedSharding(on_mesh.mesh, spec) for spec in (PartitionSpec(), PAGES, ROWS))
         with jax.set_mesh(on_mesh.mesh):
@@ -135,9 +140,10 @@ class ServingPrograms:
         widths of tables; how many there are."""
         for width in widths:
             for lanes, size in chunks:
-                self._reads[lanes, size, width] = self.lower_read(weights, state, size, width, lanes).compile()
+                lowered = self.lower_read(weights, state, size, width, lanes)
+                self._reads[lanes, size, width] = lowered.compile(self.options)
             for count in rows:
-                self._steps[count, width] = self.lower_step(weights, state, count, width).compile()
+                self._steps[count, width] = self.lower_step(weights, state, count, width).compile(self.options)
         return len(self._reads) + len(self._steps)
 
     def lower_read(self, weights: nnx.State, state: ServingState, size: int, width: int, lanes: int = 1) -> Any:
@@ -283,7 +289,7 @@ class ServingPrograms:
         tokens_bC, column_C = jnp.maximum(chunk.tokens_bX[:, :size], 0), jnp.arange(size)
         last = jnp.maximum(chunk.count_b - 1, 0)[:, None]
         cache = LatentCache(state.storage.of_rows(chunk.table_bJ), chunk.start_b, state.sent_HLS)
-        out = decode(model, tokens_bC, cache, chunk.count_b)
+        out = decode(model, tokens_bC, cache, chunk.count_b, self.on_mesh.reading)
         logits_bV = gathered(model.lm_head)(jnp.take_along_axis(out.hidden_BQD, last[..., None], axis=1)[:, 0])
         seen_bV, window = _rows_of(chunk.place_b, (state.seen_RV, state.window))
         # Padding repeats the chunk's first token, which the row has anyway.
@@ -292,7 +298,7 @@ class ServingPrograms:
         token_b = draw(probabilities(logits_bV, seen_bV, rows), rows.seed, out.cache.lengths_B, TARGET)
         cache = out.cache
         if window is not None:
-            cache = _read_ahead(model, out, chunk)
+            cache = _read_ahead(model, out, chunk, self.on_mesh.reading)
             following_bC = chunk.tokens_bX[:, 1:size + 1]
             following_bC = jnp.where(following_bC < 0, token_b[:, None], following_bC)
             window = window_of(jnp.concatenate([window.hidden_BWD, out.mtp_input_BQD], axis=1),
@@ -302,7 +308,7 @@ class ServingPrograms:
         return state.changed(_without_rows(cache), chunk.place_b, changed, cache.sent_HLS), token_b
 
 
-def _read_ahead(model: DeepSeekV3, out: CachedOutput, chunk: Chunk) -> LatentCache:
+def _read_ahead(model: DeepSeekV3, out: CachedOutput, chunk: Chunk, execution: Execution) -> LatentCache:
     """The cache with the prediction modules' entries of a chunk that the main model has read. Those that want tokens
     which are not known yet are computed again by the first step (see `speculative`)."""
     cache, hidden_bCD = out.cache, out.mtp_input_BQD
@@ -311,7 +317,7 @@ def _read_ahead(model: DeepSeekV3, out: CachedOutput, chunk: Chunk) -> LatentCac
     span = Span(chunk.start_b[:, None] + column_C, column_C < chunk.count_b[:, None], cache.lengths_B, fresh=False)
     for depth in range(1, len(model.mtp) + 1):
         tokens_bC = jnp.maximum(chunk.tokens_bX[:, depth:depth + size], 0)
-        hidden_bCD, cache = predict_ahead(model, depth, hidden_bCD, tokens_bC, span, cache)
+        hidden_bCD, cache = predict_ahead(model, depth, hidden_bCD, tokens_bC, span, cache, execution)
     return cache
 
 

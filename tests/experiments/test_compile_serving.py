@@ -31,7 +31,7 @@ def test_programs_and_what_they_send(monkeypatch, capfd, tmp_path):
     small = ServingDeployment(devices=4, nodes=2, redundant=8, by_group=False)
     monkeypatch.setitem(DEPLOYMENTS, "prefill", small)
     monkeypatch.setitem(DEPLOYMENTS, "decode144", small)
-    told, _ = run(monkeypatch, capfd, "--deployment", "prefill", "decode144", "--transport", "padded", "--out",
+    told, _ = run(monkeypatch, capfd, "--deployment", "prefill", "decode144", "--way", "plain", "--out",
                   str(tmp_path / "report"))
     rows = told["results"]
     assert [(row["deployment"], row["program"], row["rows"], row["drafts"]) for row in rows] == [
@@ -50,7 +50,9 @@ def test_programs_and_what_they_send(monkeypatch, capfd, tmp_path):
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch, capfd):
-    with pytest.raises(ConfigError, match=r"--rows \(3\) must be even"):
-        run(monkeypatch, capfd, "--rows", "3")
+    with pytest.raises(ConfigError, match=r"--rows \(6\) must be divisible by 4"):
+        run(monkeypatch, capfd, "--rows", "6")
+    with pytest.raises(ConfigError, match="--way"):
+        run(monkeypatch, capfd, "--way", "fast")
     with pytest.raises(ConfigError, match="--deployment"):
         run(monkeypatch, capfd, "--deployment", "decode")

@@ -57,3 +57,17 @@ def test_deepseek_v3s_own_deployments_fit(name, pod, program, most):
     report = compile_serving(MODELS["deepseek_v3"], parse_pod(pod), DEPLOYMENTS[name], program, sizes)
     assert report.peak_bytes < most * GIB
     assert not any(sent.kind == "all-gather" and sent.bytes > 2 ** 20 for sent in report.collectives)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "program", "least"), [("prefill", "chunk", 0.99), ("decode144", "step", 0.98)])
+def test_halves_have_products_beside_their_exchanges(name, program, least):
+    """Of DeepSeek-V3, by the compiler's schedule; and it takes no more than 1% more memory."""
+    sizes, deployment = Sizes(rows=64, pages=4096, page_size=64, context=4096), DEPLOYMENTS[name]
+    plain, halves = (compile_serving(MODELS["deepseek_v3"], parse_pod(deployment.pod), deployment, program, sizes,
+                                     dual=dual) for dual in (False, True))
+    assert halves.peak_bytes < 1.01 * plain.peak_bytes
+    for sent in halves.collectives:
+        if sent.kind == "all-to-all":
+            assert sent.overlapped_bytes > least * sent.bytes
+    assert sum(sent.overlapped_bytes for sent in plain.collectives) < 0.5 * sum(s.bytes for s in plain.collectives)

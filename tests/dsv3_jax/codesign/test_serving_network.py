@@ -35,10 +35,10 @@ def test_the_papers_formula_and_time():
 
 def test_exchanges_are_what_the_program_sends_for_a_token_in_a_layer():
     """Other collectives, such as those that count rounds, are not of rows."""
-    sent = [Sent("all-to-all", "scale_out", 116, 64 * 58 * 300.0, 64 * 58 * 300.0),
-            Sent("all-to-all", "scale_up", 58, 64 * 58 * 2.0, 0.0),
-            Sent("ragged-all-to-all", "scale_up", 116, 64 * 58 * 900.0, 0.0),
-            Sent("all-reduce", "scale_out+scale_up", 58, 1e6, 1e5)]
+    sent = [Sent("all-to-all", "scale_out", 116, 64 * 58 * 300.0, 64 * 58 * 300.0, 0.0),
+            Sent("all-to-all", "scale_up", 58, 64 * 58 * 2.0, 0.0, 0.0),
+            Sent("ragged-all-to-all", "scale_up", 116, 64 * 58 * 900.0, 0.0, 0.0),
+            Sent("all-reduce", "scale_out+scale_up", 58, 1e6, 1e5, 0.0)]
     assert as_compiled(report(*sent), PerToken(100, 200)) == PerToken(300, 202)
 
 

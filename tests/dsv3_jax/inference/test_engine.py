@@ -96,6 +96,24 @@ def test_several_prompts_are_read_at_once(sampling, speculative):
     assert engine.totals.chunks - before == 8
 
 
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_halves_of_rows_beside_each_other(speculative, eight_devices):
+    """Prompts and steps alike: as many exchanges again as without, in an order of their own, and the same answers."""
+    mesh = make_mesh(MeshConfig(data=1, scale_out=2, scale_up=2), eight_devices[:4])
+    sizes = Sizes(rows=4, pages=12, page_size=16, context=48)
+    engine = make_engine(sizes, mesh, chunks=(4, 16), dual=True, speculative=speculative)
+    weights, state = engine._programs.shapes()
+    for lower in (lambda count: engine._programs.lower_step(weights, state, count, 3),
+                  lambda count: engine._programs.lower_read(weights, state, 4, 3, lanes=count)):
+        alone, halves = (lower(count).as_text() for count in (1, 4))
+        assert alone.count("optimization_barrier") == 0 < halves.count("optimization_barrier")
+        assert alone.count("all_to_all") < halves.count("all_to_all")
+    asked = requests(16)
+    tickets = [engine.submit(request) for request in asked]
+    engine.run()
+    assert [ticket.tokens for ticket in tickets] == [answer_alone(request) for request in asked]
+
+
 @pytest.mark.parametrize("options", [
     {}, {"speculative": True},
     pytest.param({"speculative": True, "mesh": (2, 2)}, marks=pytest.mark.slow)], ids=str)
