@@ -247,7 +247,8 @@ class MeshConfig:
     LogFMT with so many bits (paper 1, section 3.2). Without other devices nothing travels."""
     dual: bool = False
     """Runs each layer on two halves of a micro-batch, so that one's exchanges run while the other computes (paper 1,
-    section 2.3.1). Each device needs an even number of sequences. With context the order is left to the compiler."""
+    section 2.3.1). Each device needs an even number of sequences. With context the order is left to the compiler.
+    Serving takes halves of each device's rows, in programs whose rows are even."""
     simulate_devices: int | None = None
     """Split the CPU into this many devices, to try a mesh without one."""
 

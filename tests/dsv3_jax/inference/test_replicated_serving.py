@@ -27,7 +27,7 @@ from dsv3_jax.presets import MODELS
 
 # Large weights, so that float32's rounding decides no choice of a token.
 MODEL = dataclasses.replace(MODELS["tiny"], num_hidden_layers=2, initializer_range=0.2)
-SIZES = Sizes(rows=3, pages=12, page_size=12, context=48)
+SIZES = Sizes(rows=4, pages=16, page_size=12, context=48)
 HOT = np.array([0, 1, 5])
 """Experts that nearly all tokens choose."""
 
@@ -45,10 +45,11 @@ def mesh_of(scale_out, scale_up):
     return make_mesh(MeshConfig(data=1, scale_out=scale_out, scale_up=scale_up), jax.devices()[:scale_out * scale_up])
 
 
-def make_engine(shape, redundant, by_group=False, speculative=False, rebalance_every_s=None):
+def make_engine(shape, redundant, by_group=False, speculative=False, rebalance_every_s=None, dual=False):
     mesh = mesh_of(*shape)
     placement = Placement.in_order(expert_layers(MODEL), deployment_on(MODEL, mesh, redundant, by_group))
-    on_mesh = ModelOnMesh(MODEL, mesh, precision="float32", speculative=speculative, placement=placement)
+    on_mesh = ModelOnMesh(MODEL, mesh, precision="float32", speculative=speculative, placement=placement,
+                          dual=dual)
     return Engine(on_mesh, on_mesh.prepare(*weights()), SIZES, chunks=(16,), rebalance_every_s=rebalance_every_s)
 
 
@@ -80,7 +81,8 @@ def serve(engine, between=lambda turn: None):
 
 
 @pytest.mark.parametrize("case", [
-    {"shape": (2, 2), "redundant": 8, "speculative": True}, {"shape": (2, 2), "redundant": 8, "by_group": True},
+    {"shape": (2, 2), "redundant": 8, "speculative": True},
+    {"shape": (2, 2), "redundant": 8, "by_group": True, "dual": True},
     {"shape": (1, 2), "redundant": 2},
     pytest.param({"shape": (2, 4), "redundant": 16, "speculative": True}, marks=pytest.mark.slow)], ids=str)
 def test_a_rebalance_in_the_middle_of_a_load(case, eight_devices):
