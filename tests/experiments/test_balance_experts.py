@@ -10,17 +10,13 @@ import pytest
 
 from dsv3_jax.config import ConfigError
 from experiments import balance_experts
+from tests.experiments.in_process import run_script
 
 OWN = ("--preset", "quickstart", "--devices", "8", "--nodes", "2", "--redundant", "8", "--by-group")
 
 
 def run(monkeypatch, capfd, *options: str) -> tuple[dict, str]:
-    monkeypatch.setattr(sys, "argv", ["balance_experts.py", "--json", *options])
-    with open(1, "w", closefd=False) as real:  # as in a process of its own
-        monkeypatch.setattr(sys, "stdout", real)
-        balance_experts.main()
-    told = capfd.readouterr()
-    return json.loads(told.out), told.err
+    return run_script(balance_experts, monkeypatch, capfd, *options)
 
 
 def test_named_deployments(monkeypatch, capfd):

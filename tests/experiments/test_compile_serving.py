@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 
 import pytest
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.presets import DEPLOYMENTS, ServingDeployment
 from experiments import compile_serving
+from tests.experiments.in_process import run_script
 
 OPTIONS = ("--preset", "tiny", "--rows", "4", "--context", "64", "--page-size", "32", "--chunk", "16", "--precision",
            "bf16")
 
 
 def run(monkeypatch, capfd, *options: str) -> tuple[dict, str]:
-    monkeypatch.setattr(sys, "argv", ["compile_serving.py", "--json", *OPTIONS, *options])
-    with open(1, "w", closefd=False) as real:  # as in a process of its own
-        monkeypatch.setattr(sys, "stdout", real)
-        compile_serving.main()
-    told = capfd.readouterr()
-    return json.loads(told.out), told.err
+    return run_script(compile_serving, monkeypatch, capfd, *OPTIONS, *options)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -10,15 +9,11 @@ import pytest
 from dsv3_jax.codesign.pods import parse_pod
 from dsv3_jax.config import ConfigError
 from experiments import compile_for_pod, plan, train
+from tests.experiments.in_process import run_script
 
 
 def run(monkeypatch, capfd, *options: str) -> tuple[dict, str]:
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--json", *options])
-    with open(1, "w", closefd=False) as real:  # as in a process of its own
-        monkeypatch.setattr(sys, "stdout", real)
-        plan.main()
-    told = capfd.readouterr()
-    return json.loads(told.out), told.err
+    return run_script(plan, monkeypatch, capfd, *options)
 
 
 SMALL = ("--preset", "deepseek_v2_lite", "--pod", "h100:1x8", "--sequences", "64")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
 
 from dsv3_jax.config import ConfigError
 from experiments import serving_benchmark
+from tests.experiments.in_process import run_script
 
 TINY = ("--model", "tiny", "--requests", "12", "--longest", "24", "--common", "8", "--rows", "4", "--page-size", "8")
 
 
 def run(monkeypatch, capfd, *options: str) -> tuple[dict, str]:
-    monkeypatch.setattr(sys, "argv", ["serving_benchmark.py", "--json", *TINY, *options])
-    with open(1, "w", closefd=False) as real:  # as in a process of its own
-        monkeypatch.setattr(sys, "stdout", real)
-        serving_benchmark.main()
-    told = capfd.readouterr()
-    return json.loads(told.out), told.err
+    return run_script(serving_benchmark, monkeypatch, capfd, *TINY, *options)
 
 
 @pytest.mark.slow
