@@ -22,6 +22,7 @@ class ConfigError(ValueError):
 
 
 Transport = Literal["padded", "ragged", "pallas"]
+AttentionBy = Literal["xla", "kernels"]
 Combine = Literal["plain", "float32", "logfmt4", "logfmt5", "logfmt6", "logfmt7", "logfmt8", "logfmt9", "logfmt10",
                   "logfmt11", "logfmt12", "logfmt13", "logfmt14", "logfmt15", "logfmt16"]
 Precision = Literal["bf16", "float32", "fp8", "fp8_tensor_scales", "fp8_gradient_blocks", "fp8_no_promotion"]
@@ -319,6 +320,8 @@ class Execution:
     """See `MeshConfig.combine`."""
     dual: bool = False
     """See `MeshConfig.dual`."""
+    attention_by: AttentionBy = "xla"
+    """See `RunConfig.attention_by`."""
 
     def __post_init__(self) -> None:
         _require_capacity("capacity_factor", self.capacity_factor)
@@ -506,6 +509,9 @@ class RunConfig:
     recompute: Recompute = "paper"
     """What the backward pass computes again: nothing; norms, up-projections and SwiGLU (paper 2, section 3.2.3); those
     and the routed experts with their dispatch; or each whole layer."""
+    attention_by: AttentionBy = "xla"
+    """What computes attention's scores and values: xla all pairs of tokens, of which a mask hides half; kernels
+    (`pallas_kernels.mla_attention`) only those that are seen, and keep no scores, on Hopper and TPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -516,12 +522,15 @@ class RunConfig:
         _require(self.batch.sequence_length % self.mesh.context == 0,
                  f"batch.sequence_length ({self.batch.sequence_length}) must be divisible by mesh.context "
                  f"({self.mesh.context}), the devices that share a sequence")
+        _require(self.attention_by == "xla" or (self.model.attention == "mla" and self.model.attention_window is None),
+                 f"attention_by ({self.attention_by}) needs model.attention mla without model.attention_window, not "
+                 f"{self.model.attention} with {self.model.attention_window}: take xla")
         check_expert_layout(self.model, self.mesh)
 
     @property
     def execution(self) -> Execution:
         return Execution(self.recompute, self.mesh.capacity_factor, self.mesh.transport, self.mesh.combine,
-                         self.mesh.dual)
+                         self.mesh.dual, self.attention_by)
 
     @property
     def horizon_steps(self) -> int:

@@ -25,6 +25,7 @@ from dsv3_jax.codesign.hlo import (
     Instruction,
     Walk,
     arrays,
+    attention_kernel,
     grouped_shape,
     is_grouped_product,
     matrix_flops,
@@ -75,6 +76,7 @@ class PodReport:
     mesh: dict[str, int]
     precision: str
     recompute: str
+    attention_by: str
     zero: str
     sequences: int
     sequence_length: int
@@ -199,7 +201,8 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
                  + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     return PodReport(
         pod=str(pod), preset=preset, program="train_step", devices=mesh.size, mesh=dict(mesh.shape),
-        precision=config.precision, recompute=config.recompute, zero=config.mesh.zero, sequences=batch.sequences,
+        precision=config.precision, recompute=config.recompute, attention_by=config.attention_by,
+        zero=config.mesh.zero, sequences=batch.sequences,
         sequence_length=batch.sequence_length, micro_batches=batch.micro_batches,
         sequences_per_device=batch.micro_batch / mesh.size, compile_seconds=seconds,
         host_peak_bytes=host_peak_bytes(), argument_bytes=memory.argument_size_in_bytes,
@@ -245,6 +248,8 @@ class _Flops(NamedTuple):
     """Cumulative sums that XLA:TPU computes as matrix products, without recomputation."""
     compiler_recomputation: float
     """What XLA computes twice of its own accord, in programs that are far from fitting."""
+    scores_again: float
+    """Of attention's kernels, whose backward makes scores and the gradients of weights twice."""
     padding: float
     """Left out of the others: rows of the grouped products beyond an even load."""
 
@@ -264,13 +269,15 @@ class _Flops(NamedTuple):
                   "compiler_recomputation": self.compiler_recomputation / tokens,
                   # Devices that share a sequence each make all its keys and values from the latents.
                   "context_up_projection": (config.mesh.context - 1) * up_projection}
+        if self.scores_again:
+            causes["scores_again"] = self.scores_again / tokens
         return {**causes, "other": self.total / tokens - sum(causes.values())}
 
 
 def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
     """Counts the program's products; `tokens` is those of one device in one micro-batch."""
     by_pass, by_format = dict.fromkeys(PASSES, 0.0), {"bf16": 0.0, "fp8": 0.0}
-    core = sums = again = padding = 0.0
+    core = sums = again = padding = scores_again = 0.0
     seen: set[str] = set()
     even = tokens * config.model.num_experts_per_tok
     for computation, line, times in walk.instructions():
@@ -292,9 +299,11 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
             again += flops
         else:
             seen.add(_scheduled_as(line))
-            core += flops if "attention_core" in line.op_name else 0.0
+            kernel = attention_kernel(line)
+            core += flops if kernel is None and "attention_core" in line.op_name else 0.0
+            scores_again += flops if kernel == "mla_attention_queries" else 0.0
             sums += flops if re.search("reduce.window|cumsum", line.op_name) else 0.0
-    return _Flops(by_pass, by_format, core, sums, again, padding)
+    return _Flops(by_pass, by_format, core, sums, again, scores_again, padding)
 
 
 def _scheduled_as(line: Instruction) -> str:

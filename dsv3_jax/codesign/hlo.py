@@ -284,7 +284,30 @@ def matrix_flops(computation: Computation, line: Instruction) -> float:
             return 2.0 * math.prod(grouped_shape(computation, line))
         if re.search(r"fp8_(matmul|wgrad)", line.op_name):
             return 2.0 * math.prod(arrays(line.shape)[0][1]) * _float8_terms(computation, line)
+        if (kernel := attention_kernel(line)) is not None:
+            return _attention_flops(computation, line, kernel)
     return 0.0
+
+
+def attention_kernel(line: Instruction) -> str | None:
+    """Which kernel of `pallas_kernels.mla_attention` a custom call is: "mla_attention" forward, and of the backward
+    "mla_attention_queries" and "mla_attention_keys"; None for another."""
+    found = re.search(r"(mla_attention(_queries|_keys)?)(/(mpmd_map|pallas_call))?$", line.op_name)
+    return found.group(1) if found and line.opcode == "custom-call" else None
+
+
+def _attention_flops(computation: Computation, line: Instruction, kernel: str) -> float:
+    """Of the pairs of tokens that are seen, for queries that are a stretch of the keys: in the mean over stretches."""
+    floats = [dims for name in line.operands for dtype, dims in arrays(computation[name].shape)
+              if dtype != "s32" and len(dims) > 2]
+    if len(floats) < 4:
+        return 0.0
+    (rows, queries, *query), (_, _, *query_rope), (_, keys, *both), _ = floats[:4]
+    scores = math.prod(query) + math.prod(query_rope)
+    values = math.prod(both) - math.prod(query)
+    products = {"mla_attention": scores + values, "mla_attention_queries": 2 * scores + values,
+                "mla_attention_keys": 2 * scores + 2 * values}[kernel]
+    return 2.0 * rows * queries * (keys + 1) / 2 * products
 
 
 def is_grouped_product(line: Instruction) -> bool:

@@ -1,9 +1,10 @@
 """Matrix FLOPs of a training step for one token, by what they are for, from the configuration alone.
 
 `model` is what the model needs (`counting`). What the programs here do beyond it: they compute all of attention's
-square and mask the half above the diagonal; they compute again what `RunConfig.recompute` does not keep
-(paper 2, section 3.2.3), and always scores of long sequences, chunk by chunk, and logits; devices that share a sequence
-each project all of its keys and values. Experts are evenly loaded; the room in padded buffers is counted apart.
+square and mask the half above the diagonal, or, by kernels, scores and their gradients twice in the backward; they
+compute again what `RunConfig.recompute` does not keep (paper 2, section 3.2.3), and always scores of long sequences,
+chunk by chunk, and logits; devices that share a sequence each project all of its keys and values. Experts are evenly
+loaded; the room in padded buffers is counted apart.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ def flops_by_cause(config: RunConfig) -> dict[str, float]:
     m, length = config.model, config.batch.sequence_length
     layers, reach = m.num_hidden_layers + m.num_nextn_predict_layers, m.attention_window or length
     causal, seen = (training_flops_per_token(m, length, causal=half) for half in (True, False))
-    core = sum(_attention_core(config)) / _keys(config)
-    return {"model": causal, "recomputation": _recomputation(config),
-            "masked_attention": seen - causal + 3 * core * (_keys(config) - min(reach, length)) * layers,
-            "context_up_projection": (config.mesh.context - 1) * 3 * _up_projection(m) * layers}
+    scores, values = _attention_core(config)
+    core = (scores + values) / _keys(config)
+    causes = {"model": causal, "recomputation": _recomputation(config),
+              "masked_attention": seen - causal + 3 * core * (_keys(config) - min(reach, length)) * layers,
+              "context_up_projection": (config.mesh.context - 1) * 3 * _up_projection(m) * layers}
+    if config.attention_by == "kernels":
+        causes |= {"masked_attention": 0.0, "scores_again": (2 * scores + values) * layers}
+    return causes
 
 
 def padding_flops(config: RunConfig, devices: int) -> float:
@@ -41,20 +46,21 @@ def _recomputation(config: RunConfig) -> float:
     """Forward FLOPs of one token that the backward computes again."""
     m, level = config.model, config.recompute
     layers, experts = m.num_hidden_layers + m.num_nextn_predict_layers, m.num_moe_layers + m.num_nextn_predict_layers
-    (scores, values), in_chunks = _attention_core(config), _queries_at_once(config) < _stretch(config)
+    (scores, values), kernels = _attention_core(config), config.attention_by == "kernels"
+    in_chunks = not kernels and _queries_at_once(config) < _stretch(config)
     attention = routed = other = 0.0
     if in_chunks:
         attention += scores
     if level != "none":
         up = config.mesh.context * _up_projection(m)
         attention += (up if m.attention == "mla" else 0.0) + _query_up_projection(m)
-        attention += 0.0 if in_chunks else scores
+        attention += 0.0 if in_chunks else scores + values * kernels
         other += 2.0 * m.hidden_size * m.n_routed_experts * experts  # the router's scores
         other += 2.0 * 2 * m.hidden_size ** 2 * m.num_nextn_predict_layers  # what prediction modules join
     if level in ("experts", "full"):
         routed = m.num_experts_per_tok * _expert_products(m)[0]
     if level == "full":
-        attention += values + (scores if in_chunks else 0.0) + _kept_projections(m)
+        attention += values * (not kernels) + (scores if in_chunks else 0.0) + _kept_projections(m)
         dense = m.first_k_dense_replace * m.intermediate_size
         other += 2.0 * 2 * m.hidden_size * (dense + experts * m.n_shared_experts * m.moe_intermediate_size)
     return attention * layers + routed * experts + other + _logits_again(config)
@@ -78,7 +84,7 @@ def _keys(config: RunConfig) -> int:
 
 def _attention_core(config: RunConfig) -> tuple[float, float]:
     """Forward FLOPs of one token in one layer for (scores, values) as the programs compute them."""
-    m, keys = config.model, _keys(config)
+    m, keys = config.model, _keys(config) / (1 if config.attention_by == "xla" else 2)
     return (attention_flops_per_token(m.num_attention_heads, m.qk_head_dim, 0, keys),
             attention_flops_per_token(m.num_attention_heads, 0, m.value_head_dim, keys))
 

@@ -33,7 +33,7 @@ def attend(attention: MultiHeadLatentAttention | GroupedQueryAttention, normed_B
         queries, parts = attention.query(normed_BQD, positions_BQ), attention.latent(normed_BQD, positions_BQ)
 
         def among() -> jax.Array:
-            return project_and_attend(config, attention.kv_b_proj, *queries, *parts)
+            return project_and_attend(config, attention.kv_b_proj, *queries, parts[0], parts[1])
 
         def cached(*entries: jax.Array) -> jax.Array:
             return absorbed_attention(attention, *queries, *entries)

@@ -60,7 +60,7 @@ def _to_keys(attention: MultiHeadLatentAttention, q_nope: jax.Array, q_rope: jax
 
     def local(q_nope: jax.Array, q_rope: jax.Array, kv: jax.Array, k_rope: jax.Array, positions_BQ: jax.Array,
               lengths_B: jax.Array) -> jax.Array:
-        # Rows begin at positions of their own; the engine reads one of each device.
+        # Rows begin at positions of their own, and the engine reads few of a device in such chunks.
         rows = [mla_attention(q_nope[row:row + 1], q_rope[row:row + 1], kv[row:row + 1], k_rope[row:row + 1],
                               lengths_B[row:row + 1], positions_BQ[row, 0], scale=softmax_scale(config))
                 for row in range(len(q_nope))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import AttentionBy, ModelConfig
 from dsv3_jax.mesh import SPREAD, TOKENS, context_size, copy_for_each_device, on_each_device
 from dsv3_jax.nn.causal import in_reach, over_query_chunks, sees
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import apply_rope, softmax_scale
 from dsv3_jax.precision.recipe import PrecisionRecipe
+from pallas_kernels.mla_attention import mla_attention
 
 QUERY_CHUNK = 512
 """Queries whose scores are in memory at once. Longer sequences go chunk by chunk, scores recomputed in the backward."""
@@ -65,29 +68,34 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.kv_a_layernorm(latent_BTC), key
 
     @jax.named_scope("attention")
-    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array) -> jax.Array:
+    def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array, by: AttentionBy = "xla") -> jax.Array:
         """[B, T, D] -> [B, T, D]; token t attends to tokens 0..t of its row, or to the last of them (a window)."""
         c = self.config
         chex.assert_axis_dimension(hidden_BTD, 2, c.hidden_size)
         q_nope, q_rope = self.query(hidden_BTD, positions_T)
         latent_BTC, k_rope = self.latent(hidden_BTD, positions_T)
         attend = _attend_over_context if context_size() > 1 else project_and_attend
-        out = attend(c, self.kv_b_proj, q_nope, q_rope, latent_BTC, k_rope)
+        out = attend(c, self.kv_b_proj, q_nope, q_rope, latent_BTC, k_rope, by=by)
         return self.o_proj(out.reshape(*out.shape[:2], -1), keep="attention_out")
 
 
 def project_and_attend(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
-                       latent_BTC: jax.Array, k_rope: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+                       latent_BTC: jax.Array, k_rope: jax.Array, start: jax.Array | int = 0,
+                       by: AttentionBy = "xla") -> jax.Array:
     """`causal_attention` of queries [B, Q, ...] on keys and values projected up from the latent [B, T, C]."""
     kv = kv_b_proj(latent_BTC)
     kv = kv.reshape(*kv.shape[:-1], config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
+    if by == "kernels":
+        run = functools.partial(mla_attention, start=start, scale=softmax_scale(config))
+        with jax.named_scope("attention_core"):
+            return on_each_device(run, (TOKENS,) * 4, TOKENS)(q_nope, q_rope, kv, k_rope)
     k_nope, value = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     return causal_attention(q_nope, q_rope, k_nope, k_rope, value, softmax_scale(config), start, QUERY_CHUNK,
                             config.attention_window)
 
 
 def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Array, q_rope: jax.Array,
-                         latent_BTC: jax.Array, k_rope: jax.Array) -> jax.Array:
+                         latent_BTC: jax.Array, k_rope: jax.Array, by: AttentionBy = "xla") -> jax.Array:
     """`project_and_attend` where devices share a sequence: each attends from its own stretch of it, to all of it.
 
     What travels is the latent, kv_lora_rank + qk_rope_head_dim values a token (576 in V3), and in the backward its
@@ -101,7 +109,7 @@ def _attend_over_context(config: ModelConfig, kv_b_proj: Linear, q_nope: jax.Arr
         latent_BTC, k_rope = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (latent_BQC, k_rope))
         start = jax.lax.axis_index("context") * q_nope.shape[1]
         own = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], copy))
-        return project_and_attend(config, own, q_nope, q_rope, latent_BTC, k_rope, start)
+        return project_and_attend(config, own, q_nope, q_rope, latent_BTC, k_rope, start, by)
     return on_each_device(local, (PartitionSpec(SPREAD), TOKENS, TOKENS, TOKENS, TOKENS), TOKENS)(
         copy_for_each_device(weights), q_nope, q_rope, latent_BTC, k_rope)
 

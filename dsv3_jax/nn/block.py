@@ -68,7 +68,9 @@ class Block(nnx.Module):
     def __call__(self, hidden_BTD: jax.Array, positions_T: jax.Array,
                  execution: Execution) -> tuple[jax.Array, RouterStats | None]:
         """[B, T, D] -> ([B, T, D], routing statistics or None for a dense layer)."""
-        hidden_BTD += self.self_attn(self.input_layernorm(hidden_BTD), positions_T)
+        normed, attention = self.input_layernorm(hidden_BTD), self.self_attn
+        hidden_BTD += (attention(normed, positions_T, execution.attention_by)
+                       if isinstance(attention, MultiHeadLatentAttention) else attention(normed, positions_T))
         return self.feed_forward(jax.ad_checkpoint.checkpoint_name(constrain_batch(hidden_BTD), "residual"), execution)
 
     def feed_forward(self, hidden_BTD: jax.Array, execution: Execution) -> tuple[jax.Array, RouterStats | None]:

@@ -43,6 +43,8 @@ BAD = {
     "mla with groups": (_model(num_key_value_heads=2), ["num_key_value_heads (2)", "attention (mla)"]),
     "mla with a head's width": (_model(head_dim=16), ["head_dim (16)", "attention (mla)"]),
     "odd head": (_model(attention="mqa", head_dim=7), ["head_dim (7)", "even"]),
+    "kernels for others": (_run(model=dataclasses.replace(TINY.model, attention="mqa"), attention_by="kernels"),
+                           ["attention_by (kernels)", "model.attention mla", "take xla"]),
     "no window": (_model(attention_window=0), ["attention_window (0)", "at least 1"]),
     "odd rope": (_model(qk_rope_head_dim=7), ["qk_rope_head_dim (7)"]),
     "no heads": (_model(num_attention_heads=0), ["num_attention_heads (0)"]),

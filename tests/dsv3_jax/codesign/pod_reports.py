@@ -20,7 +20,8 @@ class Report(NamedTuple):
 
     @property
     def config(self) -> RunConfig:
-        return dataclasses.replace(RUNS[self.told["preset"]], precision=self.told["precision"])
+        return dataclasses.replace(RUNS[self.told["preset"]], precision=self.told["precision"],
+                                   attention_by=self.told.get("attention_by", "xla"))
 
     def __str__(self) -> str:
         return self.name
@@ -28,4 +29,4 @@ class Report(NamedTuple):
 
 _FOLDER = Path(__file__).parents[3] / "experiments/results/pods"
 _ALL = [Report(path.stem, json.loads(path.read_text())) for path in sorted(_FOLDER.glob("*.json"))]
-REPORTS = [report for report in _ALL if report.config.mesh.pipe == 1]
+REPORTS = [report for report in _ALL if report.told.get("program") == "train_step" and report.config.mesh.pipe == 1]

@@ -192,3 +192,22 @@ def test_layouts_that_do_not_divide_are_refused_before_compiling(change, message
         compile_for_pod(dataclasses.replace(RUN, **change), parse_pod("h100:2x8"))
 
 
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "recompute"), [(1, "full"), (2, "paper"), (1, "none")])
+def test_attention_by_kernels_computes_what_is_seen(context, recompute):
+    """On Hopper: nothing masked, scores once more in the backward, as calculated; and less memory."""
+    model = dataclasses.replace(MODEL, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+                                max_position_embeddings=2048)
+    run = RunConfig(model=model, batch=BatchConfig(sequences=4, sequence_length=2048), precision="bf16",
+                    recompute=recompute, mesh=MeshConfig(data=1, scale_out=2, scale_up=2 // context, context=context))
+    xla, kernels = (compile_for_pod(dataclasses.replace(run, attention_by=by), parse_pod("h800:2x2"))
+                    for by in ("xla", "kernels"))
+    found = kernels.flops_per_token_by_cause
+    predicted = flops_by_cause(dataclasses.replace(run, attention_by="kernels"))
+    assert predicted == pytest.approx({name: found[name] for name in predicted}, rel=1e-3)
+    assert abs(found["other"]) < 1e-3 * kernels.model_flops_per_token
+    assert found["masked_attention"] == 0 < xla.flops_per_token_by_cause["masked_attention"]
+    assert kernels.flops_per_token < xla.flops_per_token
+    assert kernels.temporary_bytes < xla.temporary_bytes
