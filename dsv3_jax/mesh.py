@@ -201,8 +201,10 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
     # An all-to-all of a slice would be waited for.
     "tpu": {"xla_tpu_enable_async_all_to_all": True},
     # A pipeline's transfers are four permutations, which would run one by one. The scheduler would stay below 76% of
-    # the memory, and compute things twice for that: it may use 92%.
-    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4, "xla_gpu_memory_limit_slop_factor": 115}}
+    # the memory, and compute things twice for that: it may use 92%. Where there is a ragged exchange, of which XLA has no
+    # estimate of time, it would use another scheduler, which hides nothing.
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4, "xla_gpu_memory_limit_slop_factor": 115,
+            "xla_gpu_enable_latency_hiding_scheduler": True}}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
