@@ -34,6 +34,7 @@ BATCH_AXES = ("data", "scale_out", "scale_up")
 FAST_AXES = ("scale_up", "context")
 EXPERT_AXES = ("scale_out", *FAST_AXES)
 TOKENS = PartitionSpec(BATCH_AXES, "context")
+DEVICES = PartitionSpec((*BATCH_AXES, "context"))
 """An array [B, T, ...] whose tokens are spread over all devices."""
 
 # Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
@@ -201,8 +202,8 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
     # An all-to-all of a slice would be waited for.
     "tpu": {"xla_tpu_enable_async_all_to_all": True},
     # A pipeline's transfers are four permutations, which would run one by one. The scheduler would stay below 76% of
-    # the memory, and compute things twice for that: it may use 92%. Where there is a ragged exchange, of which XLA has no
-    # estimate of time, it would use another scheduler, which hides nothing.
+    # the memory, and compute things twice for that: it may use 92%. XLA has no estimate of a ragged exchange's time,
+    # and with one in the program would use another scheduler, which hides nothing.
     "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4, "xla_gpu_memory_limit_slop_factor": 115,
             "xla_gpu_enable_latency_hiding_scheduler": True}}
 

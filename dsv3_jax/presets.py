@@ -103,6 +103,8 @@ class ServingDeployment(NamedTuple):
     by_group: bool
     """Whether replicas stay on their router group's node."""
     hardware: str = "h800"
+    context: int = 1
+    """Devices that share prompts (`MeshConfig.context`), inside a node."""
 
     @property
     def pod(self) -> str:
@@ -110,13 +112,15 @@ class ServingDeployment(NamedTuple):
         return f"{self.hardware}:{self.nodes}x{self.devices // self.nodes}"
 
 
-DEPLOYMENTS = {"prefill": ServingDeployment(devices=32, nodes=4, redundant=32, by_group=True),
+DEPLOYMENTS = {"prefill": ServingDeployment(devices=32, nodes=4, redundant=32, by_group=True, context=4),
                "decode144": ServingDeployment(devices=144, nodes=18, redundant=32, by_group=False),
                "decode320": ServingDeployment(devices=320, nodes=40, redundant=64, by_group=False),
                "decode72": ServingDeployment(devices=72, nodes=1, redundant=32, by_group=False, hardware="gb200")}
-"""DeepSeek-V3's: prefill on 4 nodes and decode on 40 (paper 2, section 3.4), whose 64 devices for redundant and shared
-experts hold replicas here; decode on 18, as served later (DeepSeek's open-infra-index of February 2025). And the rack
-of 72 that paper 1 calculates with (section 2.3.2)."""
+"""DeepSeek-V3's: prefill on 4 nodes and decode on 40 (paper 2, section 3.4). Of prefill, four devices share a prompt:
+the paper splits heads over them and tokens outside of attention; here tokens are split in attention too, and latents
+travel instead of hidden states. Decode's 64 devices for redundant and shared experts hold replicas. Decode on 18, as
+served later (DeepSeek's open-infra-index of February 2025), and the rack of 72 that paper 1 calculates with (section
+2.3.2)."""
 
 
 def _pretraining(model: ModelConfig) -> RunConfig:

@@ -56,7 +56,8 @@ class Arguments:
     """Tokens of each, at which the step is compiled."""
     page_size: int = 64
     chunk: int = 1024
-    """Tokens of prompts that each device reads at a time."""
+    """Tokens of prompts that each device reads at a time; devices that share a prompt (four in prefill) read as many
+    times that of it."""
     precision: Precision = "fp8"
     way: tuple[str, ...] = ("plain", "overlapped")
     """plain sends whole buffers (--mesh.transport padded), one exchange after another; overlapped the rows in them

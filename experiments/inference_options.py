@@ -176,7 +176,8 @@ def load_engine(options: GeneratorOptions, engine: EngineOptions, targets: Targe
                           "slots that replicas may take, or 0")
     on_mesh = ModelOnMesh(loaded.model, loaded.mesh, precision=loaded.precision, cache=options.cache,
                           speculative=options.speculative, spread=options.mesh.zero == "full", placement=placement,
-                          transport=options.mesh.transport, combine=options.mesh.combine, dual=options.mesh.dual)
+                          transport=options.mesh.transport, combine=options.mesh.combine, dual=options.mesh.dual,
+                          reads_only="hand_over" in handing_over)
     weights = jax.block_until_ready(on_mesh.prepare(loaded.params, loaded.router_bias))
     source = loaded.source
     del loaded  # what the weights were made from leaves its room to pages

@@ -69,7 +69,7 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
 
     Args:
       sizes: of the engine; a step has all its rows, at their full context.
-      chunk: tokens of each device; with `dual` of two prompts.
+      chunk: tokens of each device; those of devices that share prompts are one chunk, or with `dual` two.
       dual: halves of the rows beside each other (`inference.layers_in_halves`).
 
     Raises:
@@ -79,7 +79,9 @@ def compile_serving(model: ModelConfig, pod: Pod, deployment: ServingDeployment,
         raise ConfigError(f"the deployment has {deployment.devices} devices on {deployment.nodes} nodes, --pod {pod} "
                           f"{pod.devices} on {pod.domains}: choose a pod of {deployment.nodes} nodes of "
                           f"{deployment.devices // deployment.nodes}")
-    mesh = pod_mesh(pod, MeshConfig(data=1, scale_out=pod.domains, scale_up=pod.devices_per_domain))
+    shared = deployment.context
+    mesh = pod_mesh(pod, MeshConfig(data=1, scale_out=pod.domains, scale_up=pod.devices_per_domain // shared,
+                                    context=shared))
     began = time.perf_counter()
     compiled = _compiled(model, mesh, deployment, program, sizes, chunk, precision, transport, dual)
     seconds = time.perf_counter() - began
@@ -98,7 +100,7 @@ def _compiled(model: ModelConfig, mesh: Mesh, deployment: ServingDeployment, pro
     placement = Placement.in_order(expert_layers(model), deployment_on(model, mesh, deployment.redundant,
                                                                        deployment.by_group))
     on_mesh = ModelOnMesh(model, mesh, precision=precision, placement=placement, transport=transport, dual=dual,
-                          speculative=model.num_nextn_predict_layers > 0)
+                          speculative=model.num_nextn_predict_layers > 0, reads_only=program != "step")
     if program == "move":
         return LayerMover(model, mesh, on_mesh.shapes()).compiled[True]
     programs = ServingPrograms(on_mesh, sizes.rows, sizes.pages, sizes.page_size)
@@ -106,7 +108,7 @@ def _compiled(model: ModelConfig, mesh: Mesh, deployment: ServingDeployment, pro
     width = sizes.pages_per_row
     lanes = 1 + dual
     lowered = (programs.lower_step(weights, state, sizes.rows, width) if program == "step"
-               else programs.lower_read(weights, state, chunk // lanes, width, lanes))
+               else programs.lower_read(weights, state, chunk * deployment.context // lanes, width, lanes))
     return lowered.compile(programs.options)
 
 

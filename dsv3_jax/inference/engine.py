@@ -101,8 +101,8 @@ class Engine:
       error: what it failed with; None while it works.
 
     Raises:
-      ConfigError: a model whose attention has a window, sizes beyond what it can attend to, or experts to rebalance
-        without a placement.
+      ConfigError: a model whose attention has a window, sizes beyond what it can attend to, experts to rebalance
+        without a placement, or devices that share prompts in an engine that decodes, or chunks unevenly.
     """
 
     def __init__(self, on_mesh: ModelOnMesh, weights: nnx.State, sizes: Sizes, targets: Targets = Targets(),
@@ -114,6 +114,13 @@ class Engine:
         if sizes.context > on_mesh.window:
             raise ConfigError(f"engine.context ({sizes.context}) is more than the model's window "
                               f"(model.max_position_embeddings, {on_mesh.window}): lower it")
+        shared = on_mesh.mesh.shape["context"]
+        if shared > 1 and hand_over is None:
+            raise ConfigError(f"mesh.context ({shared}) is for engines that only read prompts: make ModelOnMesh "
+                              "without reads_only, and the axis counts as part of scale_up")
+        if any(size % shared for size in chunks):
+            raise ConfigError(f"mesh.context ({shared}) must divide each of engine.chunks {tuple(chunks)}: the devices "
+                              "that share a chunk have equal parts of it")
         if rebalance_every_s is not None and on_mesh.placement is None:
             raise ConfigError(f"engine.rebalance_every_s ({rebalance_every_s:g}) {WITHOUT_PLACEMENT}")
         self.on_mesh, self.sizes = on_mesh, sizes
@@ -125,8 +132,8 @@ class Engine:
         self.totals = Totals(accepted=[0] * self._ahead)
         self.error: BaseException | None = None
         self._state = self._programs.empty()
-        self.programs = self._programs.compile(weights, self._state, self._lanes_and_sizes(), self._counts(),
-                                                self._widths())
+        self.programs = self._programs.compile(weights, self._state, self._lanes_and_sizes(),
+                                                self._counts() if hand_over is None else (), self._widths())
         self._hand_over = hand_over
         if hand_over is not None or receives:
             gives = hand_over is not None

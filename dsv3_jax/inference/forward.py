@@ -2,7 +2,8 @@
 
 The weights and modules are those of training; only attention differs, and reads what earlier tokens left in the cache.
 All shapes are static and rows have their own lengths: a row's tokens beyond its count are padding, which writes nothing
-and changes nothing. Run under the mesh as the training step is (`mesh.context` must be 1).
+and changes nothing. Run under the mesh as the training step is (with `mesh.context` the queries of a cache in pages
+only).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.expert_parallel.overlap import Task, side_by_side
 from dsv3_jax.inference.paged_storage import PAGES, ROWS, PagedStorage
 from dsv3_jax.mesh import (
-    BATCH_AXES,
     COMPUTE,
+    DEVICES,
     TOKENS,
     batch_shards,
     gather_for_compute,
@@ -86,16 +86,16 @@ def _on_devices(run_block: RunBlock, graphdef: nnx.GraphDef, weights: Sequence[n
     leaves, tree = jax.tree.flatten(weights)
     specs = [layout.spec for layout in jax.tree.leaves(shardings(weights, jax.sharding.get_abstract_mesh(), COMPUTE))]
     fresh = span.fresh
-    of_span = (span.positions_BQ, span.real_BQ, span.lengths_B, span.number_BQ)
+    of_span = ((span.positions_BQ, span.real_BQ, span.number_BQ), span.lengths_B)
 
     def both(leaves: Any, values: Any) -> Any:
-        hidden_BQD, of_span, arrays_LPSx, table_BJ, first = values
-        halves = [[x[number::2] for x in (hidden_BQD, table_BJ, *of_span)] for number in range(2)]
+        hidden_BQD, (of_tokens, lengths_B), arrays_LPSx, table_BJ, first = values
+        halves = [[x[number::2] for x in (hidden_BQD, table_BJ, *of_tokens, lengths_B)] for number in range(2)]
         held, told = storage, []
         for number, state in enumerate(jax.tree.unflatten(tree, leaves)):
             block, counts = nnx.merge(graphdef, state), []
             for half in halves:
-                hidden, table, positions, real, lengths, numbers = half
+                hidden, table, positions, real, numbers, lengths = half
                 own = type(span)(positions, real, lengths, fresh, numbers)
                 held = _with(held, arrays_LPSx, table)
                 half[0], held, sent = run_block(block, hidden, own, held, first + number)
@@ -107,8 +107,8 @@ def _on_devices(run_block: RunBlock, graphdef: nnx.GraphDef, weights: Sequence[n
 
     def local(leaves: Any, *values: Any) -> Any:
         return side_by_side(Task(both, leaves, values))[0]
-    run = on_each_device(local, (specs, TOKENS, ROWS, PAGES, ROWS, PartitionSpec()),
-                         (TOKENS, PAGES, PartitionSpec(None, (*BATCH_AXES, "context"))))
+    run = on_each_device(local, (specs, TOKENS, (TOKENS, ROWS), PAGES, ROWS, PartitionSpec()),
+                         (TOKENS, PAGES, PartitionSpec(None, *DEVICES)))
     hidden_BQD, arrays_LPSx, sent = run(leaves, hidden_BQD, of_span, storage.arrays_LPSx, storage.table_BJ,
                                         jnp.asarray(first))
     return hidden_BQD, _with(storage, arrays_LPSx, storage.table_BJ), sent

@@ -32,8 +32,8 @@ class ModelOnMesh:
 
     Args:
       model: the architecture.
-      mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up: a decoding step has no sequence to
-        share.
+      mesh: `dsv3_jax.mesh.make_mesh`'s. Its context axis counts as part of scale_up, but for `reads_only`: a decoding
+        step has no sequence to share.
       precision: of weights and activations.
       cache: format of the cache (`LatentCache.empty`); None: that of `precision`.
       speculative: whether to draft with the multi-token-prediction modules.
@@ -41,6 +41,7 @@ class ModelOnMesh:
       placement: where experts and their replicas are at first, such as `Placement.in_order(expert_layers(model),
         deployment_on(model, mesh, redundant))`; None: each is once, in order, and nobody counts its tokens.
       transport, combine, dual: `MeshConfig`'s.
+      reads_only: prompts are read and nothing is decoded: devices of the mesh's context axis share them.
 
     Attributes:
       structure: static half of the model whose state `prepare` returns, for `nnx.merge`.
@@ -54,11 +55,12 @@ class ModelOnMesh:
     def __init__(self, model: ModelConfig, mesh: Mesh, *, precision: Precision = "bf16",
                  cache: CacheFormat | None = None, speculative: bool = False, spread: bool = False,
                  placement: Placement | None = None, transport: Transport = "padded", combine: Combine = "plain",
-                 dual: bool = False):
+                 dual: bool = False, reads_only: bool = False):
         if speculative and not model.num_nextn_predict_layers:
             raise ConfigError("speculative decoding needs model.num_nextn_predict_layers of 1 or more; this model has "
                               "none: decode without it")
-        self.model, self.mesh, self._moved = model, _without_context(mesh), mesh.shape["context"] > 1
+        self._moved = mesh.shape["context"] > 1 and not reads_only
+        self.model, self.mesh = model, _without_context(mesh) if self._moved else mesh
         self.speculative, self.cache = speculative, cache or COMPUTE_FORMAT[precision]
         self._precision, self._spread = precision, spread
         if placement is not None:

@@ -1,7 +1,7 @@
 """A cache in pages: rows hold as many as their tokens fill, in any order, and may share those of a common beginning.
 
 Pages are spread over the devices as rows are, and a row has pages of its own device only: tables count from the first
-page of the device.
+page of the device. Devices that share rows (`mesh.context`) have the same pages, each all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.inference.entry_format import EntryFormat
-from dsv3_jax.mesh import BATCH_AXES, on_each_device
+from dsv3_jax.mesh import BATCH_AXES, TOKENS, context_size, on_each_device
 
 PAGES, ROWS = PartitionSpec(None, BATCH_AXES), PartitionSpec(BATCH_AXES)
 
@@ -66,6 +66,8 @@ class PagedStorage:
 
         def local(arrays: tuple[jax.Array, ...], encoded: tuple[jax.Array, ...], table_BJ: jax.Array,
                   positions_BQ: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
+            if context_size() > 1:
+                encoded, positions_BQ = jax.lax.all_gather((encoded, positions_BQ), "context", axis=1, tiled=True)
             place_BQ = positions_BQ // size
             page_BQ = jnp.take_along_axis(table_BJ, jnp.clip(place_BQ, 0, table_BJ.shape[1] - 1), axis=1)
             is_there = (positions_BQ >= 0) & (place_BQ < table_BJ.shape[1]) & (page_BQ >= 0)
@@ -74,7 +76,7 @@ class PagedStorage:
             return tuple(array.at[(layer, page_BQ, slice(None), slot_BQ) if number == self.format.scales
                                   else (layer, page_BQ, slot_BQ)].set(new, mode="drop")
                          for number, (array, new) in enumerate(zip(arrays, encoded, strict=True)))
-        write = on_each_device(local, (PAGES, ROWS, ROWS, ROWS, PartitionSpec()), PAGES)
+        write = on_each_device(local, (PAGES, TOKENS, ROWS, TOKENS, PartitionSpec()), PAGES)
         arrays = write(self.arrays_LPSx, self.format.encode(entries_BQW), self.table_BJ, positions_BQ,
                        jnp.asarray(layer))
         return dataclasses.replace(self, arrays_LPSx=arrays)

@@ -29,7 +29,7 @@ from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.paged_storage import PAGES, ROWS, PagedStorage
 from dsv3_jax.inference.sampling import TARGET, RowSampling, Sampling, draw, probabilities, sampling_rows
 from dsv3_jax.inference.speculative import Window, window_of, window_size, with_token
-from dsv3_jax.mesh import batch_shards, compiler_options, on_each_device
+from dsv3_jax.mesh import DEVICES, batch_shards, compiler_options, on_each_device
 from dsv3_jax.nn.block import gathered
 from dsv3_jax.nn.model import DeepSeekV3
 
@@ -102,6 +102,7 @@ class ServingPrograms:
       pages: of each device.
 
     Attributes:
+      devices: how many there are for rows; those that share rows (`mesh.context`) count as one, here and in the engine.
       options: for the compiler.
     """
 
@@ -115,9 +116,12 @@ class ServingPrograms:
             self._shapes = jax.eval_shape(self._nothing)
         storage, *rest = self._shapes
         # Said in full: a state that came back laid out in other words would be a reason to compile again.
-        self._layout = layout = ServingState(
+        layout: Any = ServingState(
             dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx), table_BJ=everywhere),
             *jax.tree.map(lambda x: of_rows, rest))
+        if layout.sent_HLS is not None:
+            layout = layout._replace(sent_HLS=NamedSharding(on_mesh.mesh, DEVICES))
+        self._layout = layout
         self._take: Any = jax.jit(self._taken)
         self._adopt: Any = jax.jit(self._adopted, donate_argnames="state", out_shardings=layout)
         self._takes: dict[int, Any] = {}
@@ -248,7 +252,7 @@ class ServingPrograms:
             hidden = jnp.zeros((self._rows, size, config.hidden_size), self.on_mesh.activations)
             window = Window(hidden, zeros((self._rows, size)))
         placement = self.on_mesh.placement
-        sent = None if placement is None else zeros((self.devices, *placement.expert_LS.shape))
+        sent = None if placement is None else zeros((self.on_mesh.mesh.size, *placement.expert_LS.shape))
         return ServingState(storage, zeros(self._rows), zeros(self._rows),
                             jnp.zeros((self._rows, config.vocab_size), bool), window, sent)
 

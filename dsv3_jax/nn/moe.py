@@ -16,7 +16,7 @@ from dsv3_jax.expert_parallel.exchange import Wire, combine, dispatch
 from dsv3_jax.expert_parallel.plan import Traffic, make_plan, traffic
 from dsv3_jax.expert_parallel.rounds import Quota, in_rounds, round_quota
 from dsv3_jax.expert_parallel.topology import Topology
-from dsv3_jax.mesh import BATCH_AXES, EXPERT_AXES, FAST_AXES, TOKENS, on_each_device
+from dsv3_jax.mesh import DEVICES, EXPERT_AXES, FAST_AXES, TOKENS, on_each_device
 from dsv3_jax.nn.linear import FeedForward, normal_param
 from dsv3_jax.nn.router import NodeLimitedRouter, Routing, expert_load, sequence_balance_loss
 from dsv3_jax.precision.linear import GROUP_ALIGNMENT, linear, swiglu_linear
@@ -81,10 +81,10 @@ class RoutedExperts(nnx.Module):
                                          scale_up=math.prod(mesh.shape[axis] for axis in FAST_AXES))
         run = functools.partial(_routed_ffn, topology=topology, recipe=self.recipe, execution=execution,
                                 reach=self.reach)
-        weights, devices = PartitionSpec(EXPERT_AXES), PartitionSpec((*BATCH_AXES, "context"))
+        weights = PartitionSpec(EXPERT_AXES)
         # Expert weights enter replicated over `data`, and their gradient is summed over it here.
         out_BTD, rounds, sent = on_each_device(run, in_specs=(TOKENS, TOKENS, TOKENS, weights, weights),
-                                               out_specs=(TOKENS, devices, devices))(*arguments)
+                                               out_specs=(TOKENS, DEVICES, DEVICES))(*arguments)
         return out_BTD, jnp.max(rounds), jax.tree.map(jnp.sum, sent)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import Execution
 from dsv3_jax.expert_parallel.permutation import group_counts
 from dsv3_jax.expert_parallel.replica_choice import choose_replicas
-from dsv3_jax.mesh import BATCH_AXES, TOKENS, on_each_device
+from dsv3_jax.mesh import DEVICES, TOKENS, on_each_device
 from dsv3_jax.nn.moe import MixtureOfExperts
 
 
@@ -75,7 +75,7 @@ class ReplicatedExperts(nnx.Module):
             slots_TK = choose_replicas(chosen_BTK.reshape(-1, chosen_BTK.shape[-1]), tokens.number_BT.reshape(-1),
                                        *tables)
             return slots_TK.reshape(chosen_BTK.shape), group_counts(slots_TK, slots)[None]
-        whole, devices = PartitionSpec(), PartitionSpec((*BATCH_AXES, "context"))
+        whole = PartitionSpec()
         with jax.named_scope("replicas"):
-            return on_each_device(local, (TOKENS, TOKENS, whole, whole), (TOKENS, devices))(
+            return on_each_device(local, (TOKENS, TOKENS, whole, whole), (TOKENS, DEVICES))(
                 experts_BTK, tokens, self.replicas_E[...], self.replica_slots_ER[...])

@@ -56,11 +56,27 @@ def test_deepseek_v3s_own_deployments_fit(name, pod, program, most):
     sizes = Sizes(rows=64, pages=4096, page_size=64, context=4096)
     report = compile_serving(MODELS["deepseek_v3"], parse_pod(pod), DEPLOYMENTS[name], program, sizes)
     assert report.peak_bytes < most * GIB
-    assert not any(sent.kind == "all-gather" and sent.bytes > 2 ** 20 for sent in report.collectives)
+    gathered = {sent.axes: sent.bytes for sent in report.collectives if sent.kind == "all-gather"}
+    if program == "chunk":  # latents, to three others; keys and values would be 57 times as much
+        width = MODELS["deepseek_v3"].kv_lora_rank + MODELS["deepseek_v3"].qk_rope_head_dim
+        layers = MODELS["deepseek_v3"].num_hidden_layers + 1
+        assert gathered.pop("context") == pytest.approx(3 * 1024 * layers * width * 2, rel=0.02)
+    assert all(sent < 2 ** 20 for sent in gathered.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "program", "least"), [("prefill", "chunk", 0.99), ("decode144", "step", 0.98)])
+def test_rows_alone_travel_beside_products_too():
+    """XLA's estimates of times know no ragged exchange, so it hides less; without its scheduler it would hide none."""
+    sizes, deployment = Sizes(rows=64, pages=4096, page_size=64, context=4096), DEPLOYMENTS["decode144"]
+    model = dataclasses.replace(MODELS["deepseek_v3"], num_hidden_layers=7, num_nextn_predict_layers=0)
+    report = compile_serving(model, parse_pod(deployment.pod), deployment, "step", sizes, transport="ragged", dual=True)
+    sent = {sent.axes: sent for sent in report.collectives if sent.kind == "ragged-all-to-all"}
+    assert sent["scale_out"].overlapped_bytes > 0.9 * sent["scale_out"].bytes
+    assert sent["scale_up"].overlapped_bytes > 0.8 * sent["scale_up"].bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "program", "least"), [("prefill", "chunk", 0.98), ("decode144", "step", 0.98)])
 def test_halves_have_products_beside_their_exchanges(name, program, least):
     """Of DeepSeek-V3, by the compiler's schedule; and it takes no more than 1% more memory."""
     sizes, deployment = Sizes(rows=64, pages=4096, page_size=64, context=4096), DEPLOYMENTS[name]

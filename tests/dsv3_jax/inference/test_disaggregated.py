@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.config import MeshConfig
+from dsv3_jax.config import ConfigError, MeshConfig
+from dsv3_jax.expert_parallel.replicas import Placement
 from dsv3_jax.inference.disaggregated import Disaggregated
 from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.expert_slots import deployment_on, expert_layers
 from dsv3_jax.inference.handover import Handover, handover_from, handover_message, pack, unpack
 from dsv3_jax.inference.model_on_mesh import ModelOnMesh
 from dsv3_jax.inference.request import Finish, Request
@@ -25,13 +27,15 @@ from tests.dsv3_jax.inference.test_engine import MODEL, SMALL, answer_alone, req
 SIZES = Sizes(rows=3, pages=30, page_size=4, context=48)
 
 
-def engine(out, up, first=0, sizes=SIZES, **options):
-    """On out*up devices from number `first` on."""
-    mesh = make_mesh(MeshConfig(data=1, scale_out=out, scale_up=up), jax.devices()[first:first + out * up])
-    on_mesh = ModelOnMesh(MODEL, mesh, precision="float32", **{k: v for k, v in options.items()
-                                                               if k in ("cache", "speculative")})
-    rest = {k: v for k, v in options.items() if k in ("hand_over", "receives")}
-    return Engine(on_mesh, on_mesh.prepare(*weights()), sizes, chunks=(8, 16), **rest)
+def engine(out, up, first=0, sizes=SIZES, chunks=(8, 16), share=1, redundant=None, **options):
+    """On out*up*share devices from number `first` on; so many devices share a prompt."""
+    mesh = make_mesh(MeshConfig(data=1, scale_out=out, scale_up=up, context=share),
+                     jax.devices()[first:first + out * up * share])
+    rest = {k: options.pop(k) for k in ("hand_over", "receives") if k in options}
+    if redundant is not None:
+        options["placement"] = Placement.in_order(expert_layers(MODEL), deployment_on(MODEL, mesh, redundant))
+    on_mesh = ModelOnMesh(MODEL, mesh, precision="float32", reads_only="hand_over" in rest, **options)
+    return Engine(on_mesh, on_mesh.prepare(*weights()), sizes, chunks=chunks, **rest)
 
 
 class System(Disaggregated):
@@ -41,8 +45,8 @@ class System(Disaggregated):
         super().__init__()
         self.options = options
 
-    def prefill(self, name, *mesh, **sizes):
-        self.add_prefill(name, lambda push: engine(*mesh, hand_over=push, **self.options, **sizes))
+    def prefill(self, name, *mesh, **options):
+        self.add_prefill(name, lambda push: engine(*mesh, hand_over=push, **self.options, **options))
 
     def decode(self, name, *mesh, **sizes):
         self.add_decode(name, engine(*mesh, receives=True, **self.options, **sizes))
@@ -83,6 +87,36 @@ def test_answers_are_those_of_one_engine(system, eight_devices):
     assert reads.reused_tokens > 0
     assert steps.chunks == 0
     assert system.totals.new_tokens == steps.new_tokens + reads.new_tokens == len(heard)
+
+
+@pytest.mark.parametrize("options", [
+    {"chunks": (8,)},
+    pytest.param({"chunks": (4, 16), "dual": True, "redundant": 8}, marks=pytest.mark.slow),
+    pytest.param({"chunks": (8,), "cache": "float8", "share": 4}, marks=pytest.mark.slow)], ids=str)
+def test_devices_may_share_prompts(system, eight_devices, options):
+    """Two at each chunk, which is in the pages of both; and four, where a page is of several devices' tokens."""
+    options = {"share": 2, **options}
+    if "cache" in options:
+        system.options = {"cache": options.pop("cache")}
+    system.prefill("prefill", 2 if options["share"] == 2 else 1, 1, **options)
+    system.decode("decode", 1, 1, 4, chunks=(8,))
+    asked = requests(8, seed=5)
+    tickets = [system.submit(request) for request in asked]
+    alone = answer_alone if not system.options else (lambda request: system.engines["decode"].submit(request).wait(120))
+    for request, ticket in zip(asked, tickets, strict=True):
+        assert ticket.wait(120) == alone(request)
+    assert settled(system)
+    assert system.engines["prefill"].totals.steps == system.engines["decode"].totals.preemptions == 0
+    assert system.engines["prefill"].totals.read_tokens > 0
+
+
+def test_what_cannot_be_shared_is_refused(eight_devices):
+    mesh = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])
+    on_mesh = ModelOnMesh(MODEL, mesh, precision="float32", reads_only=True)
+    with pytest.raises(ConfigError, match=r"mesh.context \(2\) is for engines that only read prompts"):
+        Engine(on_mesh, on_mesh.shapes(), SIZES)
+    with pytest.raises(ConfigError, match=r"mesh.context \(2\) must divide each of engine.chunks \(8, 15\)"):
+        Engine(on_mesh, on_mesh.shapes(), SIZES, chunks=(8, 15), hand_over=print)
 
 
 def test_nothing_is_lost_or_answered_twice_when_workers_are_lost(system, eight_devices):
