@@ -7,8 +7,9 @@
 
 Each has devices and a mesh of its own; the model, its precision, --cache, --speculative and --engine.page-size must be
 the same for all. A prefill worker pushes a prompt's pages to the decode worker that the router chose, straight to that
-one's --listen address. With --mesh.context devices of a prefill worker share each prompt, which is read sooner. Any number of either kind may come and go; what a lost one had begins again elsewhere, where its
-answer ends. It ends when the server does, or by SIGTERM or Ctrl-C. Connections are not encrypted: keep them inside.
+one's --listen address. With --mesh.context devices of a prefill worker share each prompt, which is read sooner. Any
+number of either kind may come and go; what a lost one had begins again elsewhere, where its answer ends. It ends when
+the server does, or by SIGTERM or Ctrl-C. Connections are not encrypted: keep them inside.
 """
 
 from __future__ import annotations
