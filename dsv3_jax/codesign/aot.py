@@ -182,7 +182,7 @@ def report(memory: Any, text: str, seconds: float, config: RunConfig, pod: Pod, 
     # grouped products that no kernel serves go through their rows tile by tile.
     # Ranks of a pipeline each see all tokens, in their own layers; figures are means over ranks.
     at_once = tokens / batch.micro_batches * config.mesh.pipe
-    rows = at_once * config.model.num_experts_per_tok
+    rows = _rows_of_experts(config, at_once)
     tile = expert_tile(rows * config.mesh.expert_parallel / config.model.n_routed_experts)
     walk = Walk(parse(text), {"micro_batches": batch.micro_batches, "further_rounds": 0, "grouped_matmul": rows / tile,
                               LOOP: _ticks(config)}, _choices(config))
@@ -279,7 +279,7 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
     by_pass, by_format = dict.fromkeys(PASSES, 0.0), {"bf16": 0.0, "fp8": 0.0}
     core = sums = again = padding = scores_again = 0.0
     seen: set[str] = set()
-    even = tokens * config.model.num_experts_per_tok
+    even = _rows_of_experts(config, tokens)
     for computation, line, times in walk.instructions():
         flops = times * matrix_flops(computation, line)
         if not flops:
@@ -304,6 +304,11 @@ def _flops(walk: Walk, config: RunConfig, tokens: float) -> _Flops:
             scores_again += flops if kernel == "mla_attention_queries" else 0.0
             sums += flops if re.search("reduce.window|cumsum", line.op_name) else 0.0
     return _Flops(by_pass, by_format, core, sums, again, scores_again, padding)
+
+
+def _rows_of_experts(config: RunConfig, tokens: float) -> float:
+    """That a device's experts get at once, of so many tokens a device in a micro-batch and an even load."""
+    return tokens * config.model.num_experts_per_tok / (1 + config.mesh.dual)
 
 
 def _scheduled_as(line: Instruction) -> str:

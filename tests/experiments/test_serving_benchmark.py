@@ -35,6 +35,7 @@ def test_an_open_load_on_each_kind_of_engine(monkeypatch, capfd, tmp_path, eight
     assert (tmp_path / "report.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_clients_that_ask_again(monkeypatch, capfd):
     told, _ = run(monkeypatch, capfd, "--concurrent", "1", "4")
     one, four = told["results"]

@@ -27,7 +27,7 @@ from tests.dsv3_jax.inference.test_engine import MODEL, SMALL, answer_alone, req
 SIZES = Sizes(rows=3, pages=30, page_size=4, context=48)
 
 
-def engine(out, up, first=0, sizes=SIZES, chunks=(8, 16), share=1, redundant=None, **options):
+def engine(out, up, first=0, sizes=SIZES, chunks=(16,), share=1, redundant=None, **options):
     """On out*up*share devices from number `first` on; so many devices share a prompt."""
     mesh = make_mesh(MeshConfig(data=1, scale_out=out, scale_up=up, context=share),
                      jax.devices()[first:first + out * up * share])
@@ -90,16 +90,16 @@ def test_answers_are_those_of_one_engine(system, eight_devices):
 
 
 @pytest.mark.parametrize("options", [
-    {"chunks": (8,)},
+    {},
     pytest.param({"chunks": (4, 16), "dual": True, "redundant": 8}, marks=pytest.mark.slow),
-    pytest.param({"chunks": (8,), "cache": "float8", "share": 4}, marks=pytest.mark.slow)], ids=str)
+    pytest.param({"cache": "float8", "share": 4}, marks=pytest.mark.slow)], ids=str)
 def test_devices_may_share_prompts(system, eight_devices, options):
     """Two at each chunk, which is in the pages of both; and four, where a page is of several devices' tokens."""
     options = {"share": 2, **options}
     if "cache" in options:
         system.options = {"cache": options.pop("cache")}
     system.prefill("prefill", 2 if options["share"] == 2 else 1, 1, **options)
-    system.decode("decode", 1, 1, 4, chunks=(8,))
+    system.decode("decode", 1, 1, 4)
     asked = requests(8, seed=5)
     tickets = [system.submit(request) for request in asked]
     alone = answer_alone if not system.options else (lambda request: system.engines["decode"].submit(request).wait(120))
