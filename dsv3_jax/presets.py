@@ -173,23 +173,29 @@ class Layout(NamedTuple):
     recompute: Recompute
     precision: Precision = "bf16"
     pipeline: PipelineConfig = PipelineConfig()
+    batch: tuple[int, int] = (15360, 3072)
+    """Sequences, and those that it grows from."""
 
 
 # DeepSeek-V3 with the paper's batch of 15,360 sequences of 4096, each compiled for its pod by the pod's own compiler
 # (experiments/results/pods). Experts over 64 devices as in paper 2, section 3.2, one group a node on GPU. "pipelined"
 # is the paper's own layout: 16 ranks of DualPipe, ZeRO-1 over 2 x 64 devices, one sequence a device in each of 120
 # micro-batches, float8. Its weights' parts are not put off: each would keep 7 GiB. The others shard fully instead; on
-# 2,048 devices two then share a sequence, 7.5 being no number of sequences.
+# 2,048 devices two then share a sequence, 7.5 being no number of sequences. "dual" overlaps halves of a micro-batch
+# instead, each of one sequence a device, for which the batch is 16,384.
 LAYOUTS: dict[str, Layout] = {
     "deepseek_v3_h800": Layout("h800:256x8", MeshConfig(data=32, scale_out=8, scale_up=4, context=2, zero="full"), 5,
                                "experts"),
     "deepseek_v3_h800_pipelined": Layout("h800:256x8", MeshConfig(pipe=16, data=2, scale_out=8, scale_up=8), 120,
                                          "full", "fp8", PipelineConfig("dualpipe", put_off=0)),
+    "deepseek_v3_h800_dual": Layout("h800:256x8", MeshConfig(data=32, scale_out=8, scale_up=8, zero="full", dual=True),
+                                    4, "experts", "fp8", batch=(16384, 4096)),
     "deepseek_v3_v5p": Layout("v5p:8x8x8", MeshConfig(data=8, scale_up=64, zero="full"), 15, "experts"),
     "deepseek_v3_tpu7x": Layout("tpu7x:8x8x8", MeshConfig(data=16, scale_up=64, zero="full"), 15, "experts"),
 }
 RUNS.update({name: dataclasses.replace(RUNS["deepseek_v3"], mesh=layout.mesh, recompute=layout.recompute,
                                        precision=layout.precision, pipeline=layout.pipeline,
-                                       batch=dataclasses.replace(RUNS["deepseek_v3"].batch,
-                                                                 micro_batches=layout.micro_batches))
+                                       batch=dataclasses.replace(
+                                           RUNS["deepseek_v3"].batch, sequences=layout.batch[0],
+                                           ramp_from=layout.batch[1], micro_batches=layout.micro_batches))
              for name, layout in LAYOUTS.items()})

@@ -36,8 +36,9 @@ def tokens_of_device(config: RunConfig, devices: int) -> int:
 
 
 def dispatch_slots(config: RunConfig, devices: int) -> Slots:
-    """The buffers of `expert_parallel.plan.make_plan` under the quota of `nn.moe`."""
-    m, topology, tokens = config.model, topology_of(config), tokens_of_device(config, devices)
+    """The buffers of `expert_parallel.plan.make_plan` under the quota of `nn.moe`; those of both halves."""
+    parts = 1 + config.mesh.dual
+    m, topology, tokens = config.model, topology_of(config), tokens_of_device(config, devices) // parts
     top_k = m.num_experts_per_tok
     reach = min(top_k, m.topk_group if m.n_group > 1 else m.n_routed_experts)
     quota = round_quota(topology, tokens, top_k, reach, config.mesh.capacity_factor)
@@ -50,4 +51,5 @@ def dispatch_slots(config: RunConfig, devices: int) -> Slots:
     here = topology.experts_per_device
     tile = GROUP_ALIGNMENT if RECIPES[config.precision].up is not None else expert_tile(tokens * top_k / here)
     choices = min(topology.devices * quota.device_choices, rows * min(top_k, here))
-    return Slots(between, inside, math.ceil((choices + here * (tile - 1)) / tile) * tile)
+    experts = math.ceil((choices + here * (tile - 1)) / tile) * tile
+    return Slots(parts * between, parts * inside, parts * experts)

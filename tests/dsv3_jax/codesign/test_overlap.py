@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.codesign.aot import PodReport, compile_for_pod
 from dsv3_jax.codesign.pods import parse_pod
+from dsv3_jax.codesign.step_flops import flops_by_cause
 from dsv3_jax.config import BatchConfig, MeshConfig, ModelConfig, PipelineConfig, RunConfig
 
 MODEL = ModelConfig(
@@ -19,9 +20,13 @@ MODEL = ModelConfig(
 
 @functools.cache
 def compiled(pod: str, micro_batches: int = 1, **mesh: int | bool) -> PodReport:
-    run = RunConfig(model=MODEL, mesh=MeshConfig(**mesh), recompute="full", pipeline=PipelineConfig("dualpipe"),
-                    batch=BatchConfig(sequences=32, sequence_length=256, micro_batches=micro_batches))
-    return compile_for_pod(run, parse_pod(pod))
+    return compile_for_pod(run_of(micro_batches, **mesh), parse_pod(pod))
+
+
+def run_of(micro_batches: int = 1, **mesh: int | bool) -> RunConfig:
+    """Of a small model."""
+    return RunConfig(model=MODEL, mesh=MeshConfig(**mesh), recompute="full", pipeline=PipelineConfig("dualpipe"),
+                     batch=BatchConfig(sequences=32, sequence_length=256, micro_batches=micro_batches))
 
 
 def share_beside_products(report: PodReport, kind: str, axis: str) -> float:
@@ -34,10 +39,15 @@ GPUS = {"scale_out": 2, "scale_up": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["scale_out", "scale_up"])
-def test_halves_on_gpus(axis):
-    """Without: 49% and 40%."""
-    assert share_beside_products(compiled("h100:2x2", **GPUS, dual=True), "all-to-all", axis) > 0.95
+def test_halves_on_gpus():
+    """Without: 49% and 40%. And they compute what the whole would."""
+    report = compiled("h100:2x2", **GPUS, dual=True)
+    for axis in ("scale_out", "scale_up"):
+        assert share_beside_products(report, "all-to-all", axis) > 0.95
+    causes = report.flops_per_token_by_cause
+    calculated = flops_by_cause(run_of(**GPUS, dual=True))
+    assert {name: causes[name] for name in calculated} == pytest.approx(calculated, rel=1e-6)
+    assert abs(causes["other"]) < 0.02 * causes["model"]
 
 
 @pytest.mark.slow
