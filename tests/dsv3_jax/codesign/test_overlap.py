@@ -51,6 +51,12 @@ def test_halves_on_gpus():
 
 
 @pytest.mark.slow
+def test_halves_on_a_slice_of_tpus():
+    """89%; without, none are asynchronous."""
+    assert share_beside_products(compiled("v5p:2x2x1", scale_up=4, dual=True), "all-to-all", "scale_up") > 0.85
+
+
+@pytest.mark.slow
 def test_a_pipeline_on_gpus():
     """Forwards beside backwards; and transfers beside gradients of weights."""
     report = compiled("h100:4x2", 8, pipe=2, **GPUS)
