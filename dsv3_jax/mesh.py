@@ -34,8 +34,9 @@ BATCH_AXES = ("data", "scale_out", "scale_up")
 FAST_AXES = ("scale_up", "context")
 EXPERT_AXES = ("scale_out", *FAST_AXES)
 TOKENS = PartitionSpec(BATCH_AXES, "context")
-DEVICES = PartitionSpec((*BATCH_AXES, "context"))
 """An array [B, T, ...] whose tokens are spread over all devices."""
+DEVICES = PartitionSpec((*BATCH_AXES, "context"))
+"""An array [devices, ...] of which each device has one part."""
 
 # Logical axis -> mesh axes. `STORAGE` lays out master weights and optimizer state: every dimension offers itself, the
 # first that divides takes an axis (ZeRO). `COMPUTE` lays out weights while they are used: only experts stay apart.

@@ -123,11 +123,15 @@ served later (DeepSeek's open-infra-index of February 2025), and the rack of 72 
 2.3.2)."""
 
 
+_BATCH = 15360, 3072
+"""DeepSeek-V3's: sequences, and those that it grows from."""
+
+
 def _pretraining(model: ModelConfig) -> RunConfig:
     """Paper 2's recipe (section 4.2): 14.8T tokens in sequences of 4096, batch 3072 growing to 15360."""
     return RunConfig(
         model=model,
-        batch=BatchConfig(sequences=15360, sequence_length=4096, micro_batches=15, ramp_from=3072,
+        batch=BatchConfig(sequences=_BATCH[0], sequence_length=4096, micro_batches=15, ramp_from=_BATCH[1],
                           ramp_until=469 / 14800),
         data=DataConfig(tokenizer="deepseek", fim_rate=0.1),
         checkpoint=CheckpointConfig(every=500),
@@ -163,7 +167,6 @@ RUNS.update({name: dataclasses.replace(RUNS["quickstart"], model=MODELS[name])
              for name in ("quickstart_gqa", "quickstart_mqa")})
 
 
-
 class Layout(NamedTuple):
     """A pod and how a model lies on it."""
 
@@ -173,8 +176,7 @@ class Layout(NamedTuple):
     recompute: Recompute
     precision: Precision = "bf16"
     pipeline: PipelineConfig = PipelineConfig()
-    batch: tuple[int, int] = (15360, 3072)
-    """Sequences, and those that it grows from."""
+    batch: tuple[int, int] = _BATCH
 
 
 # DeepSeek-V3 with the paper's batch of 15,360 sequences of 4096, each compiled for its pod by the pod's own compiler

@@ -56,8 +56,8 @@ def _recomputation(config: RunConfig) -> float:
         attention += (up if m.attention == "mla" else 0.0) + _query_up_projection(m)
         attention += 0.0 if in_chunks else scores + values * kernels
         other += 2.0 * m.hidden_size * m.n_routed_experts * experts  # the router's scores
-        if not config.mesh.dual:
-            other += 2.0 * 2 * m.hidden_size ** 2 * m.num_nextn_predict_layers  # what prediction modules join
+        if not config.mesh.dual:  # else what prediction modules join is kept (`nn.mtp`)
+            other += 2.0 * 2 * m.hidden_size ** 2 * m.num_nextn_predict_layers
     if level in ("experts", "full"):
         routed = m.num_experts_per_tok * _expert_products(m)[0]
     if level == "full":

@@ -111,17 +111,16 @@ class ServingPrograms:
         self.ahead = on_mesh.model.num_nextn_predict_layers if on_mesh.speculative else 0
         self.options = compiler_options(on_mesh.mesh) if on_mesh.execution.dual else {}
         self._rows, self._pages, self._page_size = rows * self.devices, pages * self.devices, page_size
-        everywhere, of_pages, of_rows = (NamedSharding(on_mesh.mesh, spec) for spec in (PartitionSpec(), PAGES, ROWS))
+        everywhere, of_pages, of_rows, of_devices = (NamedSharding(on_mesh.mesh, spec)
+                                                     for spec in (PartitionSpec(), PAGES, ROWS, DEVICES))
         with jax.set_mesh(on_mesh.mesh):
             self._shapes = jax.eval_shape(self._nothing)
-        storage, *rest = self._shapes
+        storage, sent_HLS = self._shapes.storage, self._shapes.sent_HLS
         # Said in full: a state that came back laid out in other words would be a reason to compile again.
-        layout: Any = ServingState(
-            dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx), table_BJ=everywhere),
-            *jax.tree.map(lambda x: of_rows, rest))
-        if layout.sent_HLS is not None:
-            layout = layout._replace(sent_HLS=NamedSharding(on_mesh.mesh, DEVICES))
-        self._layout = layout
+        self._layout = layout = jax.tree.map(lambda x: of_rows, self._shapes)._replace(
+            storage=dataclasses.replace(storage, arrays_LPSx=(of_pages,) * len(storage.arrays_LPSx),
+                                        table_BJ=everywhere),
+            sent_HLS=jax.tree.map(lambda x: of_devices, sent_HLS))
         self._take: Any = jax.jit(self._taken)
         self._adopt: Any = jax.jit(self._adopted, donate_argnames="state", out_shardings=layout)
         self._takes: dict[int, Any] = {}
