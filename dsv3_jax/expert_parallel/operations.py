@@ -16,7 +16,8 @@ from dsv3_jax.precision.deferral import RECOMPUTED
 EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
 TALKS = EXCHANGES | {"psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant",
                      "all_gather_reduced", "reduce_scatter", "unreduced_reduce_scatter", "ppermute"}
-PRODUCTS = frozenset({"fp8_matmul", "fp8_wgrad", "grouped_fp8_matmul", "grouped_fp8_wgrad", "grouped_matmul"})
+PRODUCTS = frozenset({"fp8_matmul", "fp8_wgrad", "grouped_fp8_matmul", "grouped_fp8_wgrad", "grouped_product",
+                      "grouped_wgrad"})
 """Functions of `pallas_kernels` that are one product, whatever is inside."""
 SLOW_BYTE = 4.0
 """What a byte on the slow network counts for: NVLink has 200 GB/s where a NIC has 50 (paper 1, section 4.3)."""

@@ -49,7 +49,7 @@ def grouped_matmul(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: ja
     shape = _Shape(rows_PD.shape[0], weights_EDF.shape[0], width, inner, alignment, rows_PD.dtype)
     if backend == "hopper" and not shape.fits_hopper:
         raise ValueError(f"no Hopper kernel for {shape}: it needs {_HOPPER_NEEDS}; backend=None takes one that serves")
-    return _grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape, backend)
+    return _differentiable(rows_PD, weights_EDF, group_sizes_E, shape, backend)
 
 
 class _Shape(NamedTuple):
@@ -70,26 +70,39 @@ class _Shape(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape: _Shape, backend: Backend | None) -> jax.Array:
-    def run(name: Backend, *operands: jax.Array) -> jax.Array:
-        return _module(name).product(*operands, shape.alignment)
-    return _dispatch(run, shape, backend, rows_PD, weights_EDF, group_sizes_E)
-
-
-def _forward(rows_PD, weights_EDF, group_sizes_E, shape, backend):
-    return (_grouped_matmul(rows_PD, weights_EDF, group_sizes_E, shape, backend),
-            (rows_PD, weights_EDF, group_sizes_E))
+def _differentiable(rows_PD, weights_EDF, group_sizes_E, shape: _Shape, backend: Backend | None) -> jax.Array:
+    return grouped_product(rows_PD, weights_EDF, group_sizes_E, shape, backend)
 
 
 def _backward(shape, backend, residuals, grads_PF):
     # The choice is made again here rather than differentiated: the derivative of a conditional would save what every
     # branch needs, on every platform.
-    def run(name: Backend, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _module(name).gradients(*operands, shape.alignment)
-    return *_dispatch(run, shape, backend, *residuals, grads_PF), None
+    rows_PD, weights_EDF, group_sizes_E = residuals
+    return (grouped_product(grads_PF, weights_EDF, group_sizes_E, shape, backend, transpose_rhs=True),
+            grouped_wgrad(rows_PD, grads_PF, group_sizes_E, shape, backend), None)
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+_differentiable.defvjp(lambda *operands: (_differentiable(*operands), operands[:3]), _backward)
+
+
+# Both are calls of their own, so that `expert_parallel.operations` sees one product in each, whatever the backend.
+
+@functools.partial(jax.jit, static_argnames=("shape", "backend", "transpose_rhs"), inline=True)
+def grouped_product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, shape: _Shape,
+                    backend: Backend | None, transpose_rhs: bool = False) -> jax.Array:
+    """rows of group e times weights[e], or times its transpose."""
+    def run(name: Backend, *operands: jax.Array) -> jax.Array:
+        return _module(name).product(*operands, shape.alignment, transpose_rhs=transpose_rhs)
+    return _dispatch(run, shape, backend, rows_PD, weights_EDF, group_sizes_E)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "backend"), inline=True)
+def grouped_wgrad(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, shape: _Shape,
+                  backend: Backend | None) -> jax.Array:
+    """x^T dy of each group, [E, D, F], summed in float32 and rounded once to rows' dtype; zero for an empty group."""
+    def run(name: Backend, *operands: jax.Array) -> jax.Array:
+        return _module(name).weight_gradient(*operands, shape.alignment)
+    return _dispatch(run, shape, backend, rows_PD, grads_PF, group_sizes_E)
 
 
 def _dispatch(run, shape: _Shape, backend: Backend | None, *operands: jax.Array):
@@ -130,8 +143,8 @@ def _tell_once(shape: _Shape, instead: Backend) -> None:
 
 
 def _module(backend: Backend) -> ModuleType:
-    """Each has `product(rows, weights, group_sizes, alignment)` and `gradients(rows, weights, group_sizes, grads,
-    alignment)`, which gives those of rows and weights."""
+    """Each has `product(rows, weights, group_sizes, alignment, transpose_rhs=False)` and `weight_gradient(rows, grads,
+    group_sizes, alignment)`."""
     if backend == "hopper":
         from pallas_kernels.grouped_matmul import gpu  # a quarter of a second that a small CPU run need not pay
         return gpu

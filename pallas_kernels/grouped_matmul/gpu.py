@@ -29,7 +29,7 @@ TILES = {(rows, columns): Tile(rows, columns, slots)
 
 def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, alignment: int, *,
             transpose_rhs: bool = False) -> jax.Array:
-    """rows of group e times weights[e], or its transpose, in rows' dtype; zero past the last group."""
+    """See `api.grouped_matmul`; weights are read as they lie."""
     rows, terms = rows_PD.shape
     columns = weights_EDF.shape[1 if transpose_rhs else 2]
     tile = tile_for(alignment, columns)
@@ -60,9 +60,10 @@ def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array
     return run(used[None].astype(jnp.int32), group_of_tile.astype(jnp.int32), rows_PD, weights_EDF)
 
 
-def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, *,
-                    dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """x^T dy of each group, [E, D, F], summed in float32 and rounded once to `dtype`; zero for an empty group."""
+def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array,
+                    alignment: int = BLOCK_K) -> jax.Array:
+    """See `api.grouped_wgrad`."""
+    del alignment
     groups, width, inner = group_sizes_E.shape[0], rows_PD.shape[1], grads_PF.shape[1]
     tile = tile_for(128, inner)
     down, across = width // tile.rows, inner // tile.columns
@@ -79,18 +80,11 @@ def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.
             return Place(steps_E[group], (block(x_PD, row, tile.rows), block(dy_PF, column, tile.columns)),
                          block_of(out_EDF.at[group], row * tile.rows, column * tile.columns))
         return Work(jnp.int32(groups * down * across), locate)
-    shape = jax.ShapeDtypeStruct((groups, width, inner), dtype)
+    shape = jax.ShapeDtypeStruct((groups, width, inner), rows_PD.dtype)
     blocks = (BLOCK_K, tile.rows), (BLOCK_K, tile.columns)
     run = _kernel("grouped_weight_gradient", work, tile, shape, *blocks, True, False)
     return run((ends_E - group_sizes_E).astype(jnp.int32), (group_sizes_E // BLOCK_K).astype(jnp.int32),
                rows_PD, grads_PF)
-
-
-def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, grads_PF: jax.Array,
-              alignment: int) -> tuple[jax.Array, jax.Array]:
-    """With respect to rows and weights; the weights are read as they lie, and their gradient is rounded once."""
-    return (product(grads_PF, weights_EDF, group_sizes_E, alignment, transpose_rhs=True),
-            weight_gradient(rows_PD, grads_PF, group_sizes_E, dtype=weights_EDF.dtype))
 
 
 def tile_for(alignment: int, columns: int) -> Tile:

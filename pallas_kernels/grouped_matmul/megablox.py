@@ -21,31 +21,24 @@ def serves(rows: int, dtype: jnp.dtype) -> bool:
 
 
 def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, alignment: int = 1, *,
-            interpret: bool = False) -> jax.Array:
+            transpose_rhs: bool = False, interpret: bool = False) -> jax.Array:
     """See `api.grouped_matmul`."""
     del alignment
-    return _product(rows_PD, weights_EDF, group_sizes_E, False, interpret)
-
-
-def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, grads_PF: jax.Array,
-              alignment: int = 1, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """With respect to rows and weights."""
-    del alignment
-    d_rows = _product(grads_PF, weights_EDF, group_sizes_E, True, interpret)
-    tiling = _tiling(rows_PD.shape[0], rows_PD.shape[1], grads_PF.shape[1])
-    d_weights = tgmm(rows_PD.swapaxes(0, 1), grads_PF, group_sizes_E, weights_EDF.dtype, tiling,
-                     interpret=interpret)
-    # A group without rows is not visited, so its gradient is whatever was there.
-    return d_rows, jnp.where(group_sizes_E[:, None, None] > 0, d_weights, 0)
-
-
-def _product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, transpose: bool,
-             interpret: bool) -> jax.Array:
-    width, inner = rows_PD.shape[1], weights_EDF.shape[1 if transpose else 2]
+    width, inner = rows_PD.shape[1], weights_EDF.shape[1 if transpose_rhs else 2]
     out_PF = gmm(rows_PD, weights_EDF, group_sizes_E, rows_PD.dtype, _tiling(rows_PD.shape[0], width, inner),
-                 transpose_rhs=transpose, interpret=interpret)
+                 transpose_rhs=transpose_rhs, interpret=interpret)
     # The kernel leaves rows past the last group as they were.
     return jnp.where(jnp.arange(rows_PD.shape[0])[:, None] < jnp.sum(group_sizes_E), out_PF, 0)
+
+
+def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, alignment: int = 1, *,
+                    interpret: bool = False) -> jax.Array:
+    """See `api.grouped_wgrad`."""
+    del alignment
+    tiling = _tiling(rows_PD.shape[0], rows_PD.shape[1], grads_PF.shape[1])
+    d_weights = tgmm(rows_PD.swapaxes(0, 1), grads_PF, group_sizes_E, rows_PD.dtype, tiling, interpret=interpret)
+    # A group without rows is not visited, so its gradient is whatever was there.
+    return jnp.where(group_sizes_E[:, None, None] > 0, d_weights, 0)
 
 
 def _tiling(rows: int, width: int, inner: int) -> tuple[int, int, int]:

@@ -23,8 +23,11 @@ def tiles_of_groups(group_sizes_E: jax.Array, rows: int, tile: int) -> tuple[jax
     return ends_E[-1] // tile, group_of_tile
 
 
-def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
+def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, tile: int, *,
+            transpose_rhs: bool = False) -> jax.Array:
     """See `api.grouped_matmul`; `tile` divides P and every group size."""
+    if transpose_rhs:
+        weights_EDF = jnp.swapaxes(weights_EDF, 1, 2)
     used, group_of_tile = tiles_of_groups(group_sizes_E, rows_PD.shape[0], tile)
 
     def body(i: jax.Array, out_PF: jax.Array) -> jax.Array:
@@ -35,7 +38,7 @@ def product(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array
 
 
 def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
-    """x^T dy of each group, float32 [E, D, F]."""
+    """See `api.grouped_wgrad`."""
     used, group_of_tile = tiles_of_groups(group_sizes_E, rows_PD.shape[0], tile)
 
     def body(i: jax.Array, dw_EDF: jax.Array) -> jax.Array:
@@ -43,12 +46,4 @@ def weight_gradient(rows_PD: jax.Array, grads_PF: jax.Array, group_sizes_E: jax.
         dy = jax.lax.dynamic_slice_in_dim(grads_PF, i * tile, tile)
         return dw_EDF.at[group_of_tile[i]].add(jnp.dot(x.T, dy, preferred_element_type=jnp.float32))
     shape = (group_sizes_E.shape[0], rows_PD.shape[1], grads_PF.shape[1])
-    return jax.lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32))
-
-
-def gradients(rows_PD: jax.Array, weights_EDF: jax.Array, group_sizes_E: jax.Array, grads_PF: jax.Array,
-              tile: int) -> tuple[jax.Array, jax.Array]:
-    """With respect to rows and weights."""
-    d_rows = product(grads_PF, jnp.swapaxes(weights_EDF, 1, 2), group_sizes_E, tile)
-    d_weights = weight_gradient(rows_PD, grads_PF, group_sizes_E, tile)
-    return d_rows, d_weights.astype(weights_EDF.dtype)
+    return jax.lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32)).astype(rows_PD.dtype)

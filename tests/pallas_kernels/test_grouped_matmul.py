@@ -48,7 +48,8 @@ def test_megablox_interpreted(sizes):
     rows, weights, cotangent = (jnp.asarray(a) for a in (np.where(used, x, np.nan), w, np.where(used, g, np.nan)))
     group_sizes = jnp.asarray(sizes, jnp.int32)
     out = megablox.product(rows, weights, group_sizes, interpret=True)
-    d_rows, d_weights = megablox.gradients(rows, weights, group_sizes, cotangent, interpret=True)
+    d_rows = megablox.product(cotangent, weights, group_sizes, transpose_rhs=True, interpret=True)
+    d_weights = megablox.weight_gradient(rows, cotangent, group_sizes, interpret=True)
     expected, dx, dw = np.zeros((256, 256)), np.zeros((256, 128)), np.zeros((4, 128, 256))
     for e, end in enumerate(np.cumsum(sizes)):
         part = slice(end - sizes[e], end)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.expert_parallel.operations import lines_of
 from dsv3_jax.expert_parallel.overlap import Task, overlapped, side_by_side
 from dsv3_jax.mesh import make_mesh, on_each_device
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 WIDTH, ROWS, DEVICES = 16, 8, 4
 WHOLE, SPREAD = PartitionSpec(), PartitionSpec("scale_up")
@@ -157,3 +158,20 @@ def test_costs():
     sent = ROWS * WIDTH * 2
     assert [(line.computing, line.sent, line.talks) for line in found[0] if line.matters] == [
         (3 * product, 0, False), (0, 4 * sent, True), (0, sent, True), (product, 0, False)]
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6e", "NVIDIA H100 80GB HBM3"])
+def test_costs_of_experts(kind):
+    """A product, and its two gradients, whichever kernel or loop the chip has for them."""
+    groups, rows, width, inner = 4, 256, 128, 384
+    operands = (jnp.zeros((rows, width), jnp.bfloat16), jnp.zeros((groups, width, inner), jnp.bfloat16),
+                jnp.full(groups, rows // groups, jnp.int32), jnp.zeros((rows, inner), jnp.bfloat16))
+
+    def run(x, w, sizes, grads):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, alignment=64), x, w)
+        return y, pull(grads)
+    platform = "tpu" if "TPU" in kind else "gpu"
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+        lines = lines_of(jax.make_jaxpr(run)(*operands), iter(range(1000))).lines
+    assert [line.computing for line in lines if line.matters] == [pytest.approx(2 * rows * width * inner * 2)] * 3
