@@ -104,8 +104,8 @@ class Pull:
 def _in_parts(lines: Sequence[Line]) -> list[list[Line]]:
     """Lines in the order in which they run, in parts that wait for each other.
 
-    What is neither a product nor a collective runs where it is first needed, or, if nothing of those needs it, where it
-    first can.
+    What is neither a product nor a collective runs where it is first needed; if nothing of those needs it, in the
+    first part that it can, but not beside an exchange that it reads.
     """
     maker = {value: number for number, line in enumerate(lines) for value in line.makes}
     parents = [sorted({maker[value] for value in line.needs() if value in maker}) for line in lines]
@@ -131,11 +131,13 @@ def _in_parts(lines: Sequence[Line]) -> list[list[Line]]:
     parts: list[list[Line]] = []
     finished: set[int] = set()
     for part in arrange(works):
-        chosen = [*([] if part.exchange is None else [part.exchange]), *part.others]
-        order = [each for at in chosen for each in with_parents(mattering[at])]
-        finished.update(chosen)
+        exchange = [] if part.exchange is None else [part.exchange]
+        order = [each for at in [*exchange, *part.others] for each in with_parents(mattering[at])]
+        # Not what reads the exchange: a compiler would wait for it before the products.
+        finished.update(part.others)
         order += [each for number in last if number not in done and behind[number] <= finished
                   for each in with_parents(number)]
+        finished.update(exchange)
         parts.append([lines[number] for number in order])
     rest = [each for number in last for each in with_parents(number)]
     return [*parts, [lines[number] for number in rest]] if rest else parts

@@ -124,6 +124,26 @@ def test_each_exchange_has_a_product_beside_it():
     assert sum(covered) >= len(covered) - 1
 
 
+def test_what_reads_an_exchange_does_not_end_it_early():
+    """What leads to no product waits until the products beside the exchange are through."""
+    found = []
+
+    def run(weights, x):
+        def one(weights, x):
+            received = exchange(x)
+            return received @ weights[0], jnp.sum(jnp.sin(received))
+
+        def both(weights, x):
+            return side_by_side(Task(one, weights, x), Task(lambda weights, x: x @ weights[1], weights, x))
+        found.append(jax.make_jaxpr(both)(weights, x).jaxpr)
+        return x
+    weights, x = operands(0)
+    call(run, (WHOLE, SPREAD), SPREAD, weights, x)
+    (beside,) = (part for part in between_barriers(found[0]) if "all_to_all" in part)
+    assert "dot_general" in beside
+    assert "sin" not in beside
+
+
 def test_what_nobody_reads_is_not_exchanged():
     def wasteful(weights, x):
         layer(weights, x)
