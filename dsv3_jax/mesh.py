@@ -200,7 +200,7 @@ def _spec_of_tokens(x: jax.Array) -> PartitionSpec:
 
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
-    # An all-to-all of a slice would be waited for; and a third of those that are not would end before their products.
+    # An all-to-all of a slice would be waited for; and a tenth of those that are not would end before their products.
     "tpu": {"xla_tpu_enable_async_all_to_all": True, "xla_tpu_use_aggressive_scheduling": True},
     # A pipeline's transfers are four permutations, which would run one by one. The scheduler would stay below 76% of
     # the memory, and compute things twice for that: it may use 92%. XLA has no estimate of a ragged exchange's time,

@@ -184,7 +184,7 @@ class Layout(NamedTuple):
 # is the paper's own layout: 16 ranks of DualPipe, ZeRO-1 over 2 x 64 devices, one sequence a device in each of 120
 # micro-batches, float8. Its weights' parts are not put off: each would keep 7 GiB. The others shard fully instead; on
 # 2,048 devices two then share a sequence, 7.5 being no number of sequences. "dual" overlaps halves of a micro-batch
-# instead, each of one sequence a device, for which the batch is 16,384.
+# instead, each of one sequence a device; on 2,048 devices the batch is 16,384 for that.
 LAYOUTS: dict[str, Layout] = {
     "deepseek_v3_h800": Layout("h800:256x8", MeshConfig(data=32, scale_out=8, scale_up=4, context=2, zero="full"), 5,
                                "experts"),
@@ -193,6 +193,8 @@ LAYOUTS: dict[str, Layout] = {
     "deepseek_v3_h800_dual": Layout("h800:256x8", MeshConfig(data=32, scale_out=8, scale_up=8, zero="full", dual=True),
                                     4, "experts", "fp8", batch=(16384, 4096)),
     "deepseek_v3_v5p": Layout("v5p:8x8x8", MeshConfig(data=8, scale_up=64, zero="full"), 15, "experts"),
+    "deepseek_v3_v5p_dual": Layout("v5p:8x8x8", MeshConfig(data=8, scale_up=64, zero="full", dual=True), 15,
+                                   "experts"),
     "deepseek_v3_tpu7x": Layout("tpu7x:8x8x8", MeshConfig(data=16, scale_up=64, zero="full"), 15, "experts"),
 }
 RUNS.update({name: dataclasses.replace(RUNS["deepseek_v3"], mesh=layout.mesh, recompute=layout.recompute,

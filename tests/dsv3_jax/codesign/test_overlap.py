@@ -52,8 +52,8 @@ def test_halves_on_gpus():
 
 @pytest.mark.slow
 def test_halves_on_a_slice_of_tpus():
-    """89%; without, none are asynchronous."""
-    assert share_beside_products(compiled("v5p:2x2x1", scale_up=4, dual=True), "all-to-all", "scale_up") > 0.85
+    """94%; without, none are asynchronous."""
+    assert share_beside_products(compiled("v5p:2x2x1", scale_up=4, dual=True), "all-to-all", "scale_up") > 0.92
 
 
 @pytest.mark.slow
@@ -62,5 +62,5 @@ def test_a_pipeline_on_gpus():
     report = compiled("h100:4x2", 8, pipe=2, **GPUS)
     assert share_beside_products(report, "collective-permute", "pipe") > 0.95
     assert share_beside_products(report, "all-to-all", "scale_out") > 0.95
-    assert share_beside_products(report, "all-to-all", "scale_up") > 0.8
+    assert share_beside_products(report, "all-to-all", "scale_up") > 0.87
     assert report.counted_once == []
