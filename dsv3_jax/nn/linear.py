@@ -53,8 +53,8 @@ class Embedding(nnx.Module):
         self.weight = normal_param(rngs, (vocab_size, width), ("vocab", "embed"), std)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int [...] -> [..., D] in the table's dtype."""
-        return _rows(self.weight[...], tokens)
+        """int [B, T, ...] -> [B, T, ..., D] in the table's dtype."""
+        return on_own_tokens(_rows, self.weight[...], tokens)
 
 
 @jax.custom_vjp
@@ -63,8 +63,15 @@ def _rows(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _rows_backward(saved: tuple[jax.Array, jax.Array], grads: jax.Array) -> tuple[jax.Array, None]:
+    """What a token gets at all its places is summed in float32, and put into the table once: sums in bf16 stop growing
+    at some 256 addends, which spaces and commas have."""
     table_VD, tokens = saved
-    return jax.vjp(lambda table: jnp.take(table, tokens, axis=0), table_VD)[1](later(grads))[0], None
+    tokens_N, grads_ND = tokens.reshape(-1), later(grads).reshape(tokens.size, -1)
+    place_N = jnp.arange(tokens.size)
+    first_N = jnp.full(table_VD.shape[0], tokens.size).at[tokens_N].min(place_N)[tokens_N]
+    sums_ND = jnp.zeros(grads_ND.shape, jnp.float32).at[first_N].add(grads_ND.astype(jnp.float32))
+    rows_N = jnp.where(first_N == place_N, tokens_N, table_VD.shape[0])
+    return jnp.zeros_like(table_VD).at[rows_N].set(sums_ND.astype(table_VD.dtype), mode="drop"), None
 
 
 _rows.defvjp(lambda table, tokens: (_rows(table, tokens), (table, tokens)), _rows_backward)

@@ -107,6 +107,10 @@ def _plain_backward(alignment: int, saved: tuple, grads_MN: jax.Array) -> tuple:
     x_MK, weight, group_sizes_E = saved
     (d_x,) = jax.vjp(lambda x: _multiply(x, weight, group_sizes_E, alignment), x_MK)[1](grads_MN)
     x_MK, grads_MN = later((x_MK, grads_MN))
+    if group_sizes_E is None:
+        # JAX's own would be the transpose of y^T x, for which XLA on CPU has a bf16 product that sums in bf16.
+        tokens = tuple(range(x_MK.ndim - 1))
+        return d_x, jax.lax.dot_general(x_MK, grads_MN, ((tokens, tokens), ((), ()))), None
     (d_weight,) = jax.vjp(lambda w: _multiply(x_MK, w, group_sizes_E, alignment), weight)[1](grads_MN)
     return d_x, d_weight, None
 
