@@ -277,6 +277,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
     """2 processes of 2 simulated devices against 1 process of 1, and the checkpoint of the two continues in the one.
 

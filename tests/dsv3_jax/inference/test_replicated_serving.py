@@ -81,7 +81,7 @@ def serve(engine, between=lambda turn: None):
 
 
 @pytest.mark.parametrize("case", [
-    {"shape": (2, 2), "redundant": 8, "speculative": True},
+    pytest.param({"shape": (2, 2), "redundant": 8, "speculative": True}, marks=pytest.mark.slow),
     {"shape": (2, 2), "redundant": 8, "by_group": True, "dual": True},
     {"shape": (1, 2), "redundant": 2},
     pytest.param({"shape": (2, 4), "redundant": 16, "speculative": True}, marks=pytest.mark.slow)], ids=str)
