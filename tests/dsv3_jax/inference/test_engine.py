@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -260,11 +261,20 @@ def test_memory_stays_what_it_was():
             for ticket in [engine.submit(asked[number % 50]) for number in range(100)]:
                 ticket.wait(120)
             if hundred == 2:
-                arrays, threads, before = len(jax.live_arrays()), threading.active_count(), resident_bytes()
-        assert len(jax.live_arrays()) == arrays
+                arrays, threads, before = arrays_at_rest(), threading.active_count(), resident_bytes()
+        assert arrays_at_rest() <= arrays
         assert threading.active_count() == threads
         assert engine.free_pages == SMALL.pages
         assert resident_bytes() < before + 8 * 2 ** 20  # the allocators' own
+
+
+def arrays_at_rest():
+    """The least of some looks: after the last answer the engine's thread may still be ending its turn."""
+    found = []
+    for _ in range(20):
+        found.append(len(jax.live_arrays()))
+        time.sleep(0.01)
+    return min(found)
 
 
 def resident_bytes():
